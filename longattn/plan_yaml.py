@@ -1,0 +1,48 @@
+"""YAML as plans and flags write it: `1e6` is a number, and no key comes twice."""
+
+from __future__ import annotations
+
+import re
+from typing import IO, Any
+
+import yaml
+
+__all__ = ["load_yaml"]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader follows YAML 1.1, where 1e6 is text and the last of two equal keys wins."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} comes twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str | IO[str], name: str) -> Any:
+    """Read one YAML document.
+
+    Args:
+        text: the document, or an open file.
+        name: what errors call it.
+
+    Raises:
+        ValueError: it is not YAML, or repeats a key.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"Plan: {name}{place}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"Plan: {name} is not YAML text: {str(error).splitlines()[0]}") from None
