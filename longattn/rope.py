@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.rope_keys import SCALING_KEYS, RopeValues, flat_parameters, is_nested, rope_keys
+from longattn.rope_keys import KNOWN_KEYS, SCALING_KEYS, RopeValues, flat_parameters, is_nested, rope_keys
 from longattn.rope_types import FREQUENCY_TABLES, RopeRequest, ntk_theta
 
 __all__ = ["SAVED_TYPES", "rope_cos_sin", "rope_frequencies", "rope_keys", "rope_layers", "stock_parameters"]
@@ -147,6 +147,11 @@ def rope_layers(rope_parameters: Mapping[str, Any]) -> dict[str | None, dict[str
 
     Returns:
         `{layer_type: parameters}` of the types that have rope, or `{None: parameters}` for a flat dict; copies.
+        Plain values that older checkpoints keep beside the nested dicts are left out, as transformers does.
+
+    Raises:
+        ValueError: the value of a layer type is neither a dict nor None.
+        TypeError: rope_parameters is not a dict.
 
     Example:
         >>> nested = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
@@ -157,14 +162,11 @@ def rope_layers(rope_parameters: Mapping[str, Any]) -> dict[str | None, dict[str
         raise TypeError(f"rope_layers: rope_parameters must be a dict, got {type(rope_parameters).__name__}")
     if not is_nested(rope_parameters):
         return {None: dict(rope_parameters)}
-    for layer_type, parameters in rope_parameters.items():
-        if parameters is not None and not isinstance(parameters, Mapping):
-            raise ValueError(
-                f"rope_layers: rope_parameters mixes layer types and values, got {parameters!r} for '{layer_type}'"
-            )
-    return {
-        layer_type: dict(parameters) for layer_type, parameters in rope_parameters.items() if parameters is not None
-    }
+    layers = {key: value for key, value in rope_parameters.items() if key not in KNOWN_KEYS and value is not None}
+    for layer_type, parameters in layers.items():
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"rope_layers: rope_parameters['{layer_type}'] must be a dict or None, got {parameters!r}")
+    return {layer_type: dict(parameters) for layer_type, parameters in layers.items()}
 
 
 def stock_parameters(rope_parameters: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
@@ -193,10 +195,8 @@ def stock_parameters(rope_parameters: Mapping[str, Any], head_dim: int) -> dict[
     caller = "stock_parameters"
     if isinstance(rope_parameters, Mapping) and is_nested(rope_parameters):
         layers = rope_layers(rope_parameters)
-        return {
-            layer_type: stock_parameters(layers[layer_type], head_dim) if layer_type in layers else None
-            for layer_type in rope_parameters
-        }
+        stock = {layer_type: stock_parameters(parameters, head_dim) for layer_type, parameters in layers.items()}
+        return {key: stock.get(key, value) for key, value in rope_parameters.items()}
     parameters = flat_parameters(caller, rope_parameters)
     values = RopeValues(caller, parameters)
     if values.rope_type == "ntk":
