@@ -88,7 +88,9 @@ def rope(
         for rope_type in types or (DEFAULT_TYPES if checkpoint is None else ()):
             curves |= _curves(rope_type, _scaled(unscaled, rope_type, factor, original), dims[main], original, factor)
         baseline, _ = rope_frequencies(unscaled, dims[main])
-        title = f"Rotary wavelengths: theta {unscaled['rope_theta']:,.10g}, head dim {dims[main]}"
+        title = "Rotary wavelengths"
+        if len(layers) == 1:
+            title += f": theta {unscaled['rope_theta']:,.10g}, head dim {dims[main]}"
         title += f", factor {factor:g}" if types or checkpoint is None else ""
         # layer types differ in theta, so there a stretch relative to one of them would mislead
         figure = plot_wavelengths(curves, baseline if len(layers) == 1 else None, context=original, title=title)
