@@ -1,0 +1,153 @@
+"""The attention function registered with transformers: the pattern that a layer has now, and the op that serves it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
+
+from longattn.hf.masks import check_no_restart, packed_cu_seqlens, row_bounds
+from longattn.pattern import Pattern
+
+__all__ = ["calls_seen", "longattn_attention", "pattern_now"]
+
+_seen: ContextVar[list[tuple[nn.Module, Pattern]] | None] = ContextVar("longattn_seen", default=None)
+_GENERATE = getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__
+
+
+def longattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend by the pattern that the plan gives to this layer.
+
+    Called by transformers, which fixes the arguments: query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D) with the
+    cache's keys before the new ones, `attention_mask` as `longattn_mask` returns it, `s_aux` (Hq,) learnt sink logits.
+    Documents packed in a row are told apart by `cu_seq_lens_q`, else by `position_ids` where no mask was given (with a
+    mask they are not, as in transformers).
+
+    Returns:
+        The output (B, Sq, Hq, D), and None for the weights, which are never formed.
+    """
+    if dropout:
+        raise ValueError(
+            f"longattn: attention_dropout must be 0.0 in training, got {dropout}; set config.attention_dropout"
+        )
+    pattern = pattern_now(module)
+    seen = _seen.get()
+    if seen is not None:
+        seen.append((module, pattern))
+    batch, _, sq, _ = query.shape
+    kv_start, kv_end = row_bounds(attention_mask, batch)
+    shared: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
+    cu_seqlens = _documents(
+        position_ids,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        batch,
+        sq,
+        key.shape[2],
+        attention_mask,
+    )
+    if cu_seqlens is None:
+        out = pattern.attend(query, key, value, kv_start=kv_start, kv_end=kv_end, **shared)
+        return out.transpose(1, 2), None
+    folded = [_fold(tensor) for tensor in (query, key, value)]  # (1, H, B * S, D)
+    out = pattern.attend(*folded, cu_seqlens=cu_seqlens, **shared)
+    return out.transpose(1, 2).reshape(batch, sq, -1, out.shape[-1]), None
+
+
+def pattern_now(module: nn.Module) -> Pattern:
+    """The pattern of an attention module: the training one in training outside `generate`, else the serving one."""
+    record = getattr(module.config, "longattn", None)
+    if not record or "attention" not in record:
+        raise ValueError(
+            "longattn: attn_implementation is 'longattn', but config.longattn has no patterns; longattn.extend with an "
+            "attention part writes them"
+        )
+    layers = record["attention"]
+    if module.training and record["train_attention"] != layers and not _inside_generate():
+        layers = record["train_attention"]
+    return Pattern(**layers[module.layer_idx])
+
+
+@contextlib.contextmanager
+def calls_seen() -> Iterator[list[tuple[nn.Module, Pattern]]]:
+    """Collect the (attention module, pattern) of every call of the attention function in this thread."""
+    calls: list[tuple[nn.Module, Pattern]] = []
+    token = _seen.set(calls)
+    try:
+        yield calls
+    finally:
+        _seen.reset(token)
+
+
+def _inside_generate() -> bool:
+    """Whether `generate` is among the callers.
+
+    transformers gives the model no sign of it, and a forward without gradients in training mode may as well be the
+    first pass of reentrant checkpointing. `generate` disables gradients, so a step that records them needs no look.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _GENERATE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _documents(
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    batch: int,
+    sq: int,
+    sk: int,
+    attention_mask: Tensor | None,
+) -> Tensor | None:
+    """Borders of the documents packed in the batch's rows, laid one after the other; None where each row is one."""
+    if cu_seq_lens_q is not None:
+        if batch != 1 or sq != sk or attention_mask is not None:
+            raise ValueError(
+                "longattn: cu_seq_lens_q needs one row (B = 1), no attention_mask and no earlier tokens in the cache, "
+                f"got B = {batch}, {sq} queries, {sk} keys, {'no' if attention_mask is None else 'a'} mask"
+            )
+        if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
+            raise ValueError(
+                f"longattn: cu_seq_lens_k must be cu_seq_lens_q, got shapes {tuple(cu_seq_lens_k.shape)} and "
+                f"{tuple(cu_seq_lens_q.shape)}"
+            )
+        return cu_seq_lens_q.to(torch.int32)
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != sq:
+        return None
+    if sq == sk and attention_mask is None:
+        return packed_cu_seqlens(position_ids, batch)
+    if attention_mask is None or attention_mask.shape[-1] == 2:
+        check_no_restart(position_ids)
+    return None
+
+
+def _fold(rows: Tensor) -> Tensor:
+    """(B, H, S, D) -> (1, H, B * S, D), a view where the memory is (B, S, H, D)."""
+    batch, heads, tokens, width = rows.shape
+    return rows.transpose(1, 2).reshape(1, batch * tokens, heads, width).transpose(1, 2)

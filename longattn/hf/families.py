@@ -1,0 +1,131 @@
+"""Which model families are served, and where each keeps the windows of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longattn.pattern import Pattern
+
+__all__ = ["FAMILIES", "Family", "attention_modules", "family_of"]
+
+# A stock sliding cache of W tokens slices its keys with [-W + 1:], which keeps everything where W is 1.
+SMALLEST_CACHE_WINDOW = 2
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers that `longattn.extend` serves.
+
+    Args:
+        model_type: `config.model_type`.
+        windows: where the sliding windows of the layers are kept: "none" has none, "shared" has one for all layers
+            (`sliding_window`), "layered" has one for the layers that `layer_types` names.
+    """
+
+    model_type: str
+    windows: Literal["none", "shared", "layered"]
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a config that says what models of this family do not do."""
+        if self.windows == "none" and getattr(config, "sliding_window", None) is not None:
+            raise ValueError(
+                f"extend: a {self.model_type} has no sliding windows, got sliding_window {config.sliding_window}: its "
+                "cache would forget keys that its mask shows"
+            )
+        if self.windows != "layered" and getattr(config, "layer_types", None) is not None:
+            raise ValueError(
+                f"extend: a {self.model_type} has one kind of layer, got layer_types {config.layer_types}; load the "
+                "checkpoint as the architecture that reads them"
+            )
+        if not getattr(config, "is_causal", True):
+            raise ValueError("extend: only causal decoders are served, got a config with is_causal False")
+
+    def windows_of(self, config: PreTrainedConfig) -> list[int | None]:
+        """Tokens in each layer's sliding window, the query's own included; None where a layer sees all."""
+        layers = config.num_hidden_layers
+        if self.windows == "none":
+            return [None] * layers
+        if self.windows == "shared":
+            return [config.sliding_window] * layers
+        return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+    def patterns_of(self, config: PreTrainedConfig) -> list[Pattern]:
+        """Each layer's own pattern, as transformers' stock attention gives it."""
+        return [Pattern("full") if size is None else Pattern("window", size) for size in self.windows_of(config)]
+
+    def window_fields(self, patterns: Sequence[Pattern]) -> dict[str, Any]:
+        """Config fields that make caches keep every key that `patterns` show, and no more where the family can say so.
+
+        The attention function cuts a window that is narrower than its layer's cache, and cannot widen one: so a cache
+        holds the widest window, and all keys where a group or a sink may reach back to them.
+        """
+        sizes = [p.size if p.kind == "window" and not p.sinks else None for p in patterns]
+        widest = max([SMALLEST_CACHE_WINDOW, *(size for size in sizes if size is not None)])
+        if self.windows == "none":
+            return {}
+        if self.windows == "shared":
+            return {"sliding_window": None if None in sizes else widest}
+        sliding = any(size is not None for size in sizes)
+        return {
+            "use_sliding_window": sliding,
+            "sliding_window": widest if sliding else None,
+            "layer_types": ["full_attention" if size is None else "sliding_attention" for size in sizes],
+        }
+
+    def window_attributes(self, model: PreTrainedModel) -> list[tuple[nn.Module, str, Any]]:
+        """What modules of `model` copied out of the window fields when they were built: (module, attribute, value)."""
+        if self.windows != "layered":
+            return []
+        sizes = self.windows_of(model.config)
+        fields: list[tuple[nn.Module, str, Any]] = [
+            (module, "has_sliding_layers", any(size is not None for size in sizes))
+            for module in model.modules()
+            if hasattr(module, "has_sliding_layers")
+        ]
+        for layer, module in enumerate(attention_modules(model)):
+            fields.append((module, "layer_type", model.config.layer_types[layer]))
+            fields.append((module, "sliding_window", sizes[layer]))
+        return fields
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "none"),
+        Family("mistral", "shared"),
+        Family("qwen2", "layered"),
+    )
+}
+
+# Architectures whose attention transformers' AttentionInterface does not reach.
+NOT_HOOKED = frozenset({"gptj", "codegen", "falcon", "roformer", "gpt_neox_japanese", "clvp"})
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Look up the family of a config.
+
+    Raises:
+        ValueError: the family is not served; says which, why, and which are.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        return family
+    served = ", ".join(sorted(FAMILIES))
+    if config.model_type in NOT_HOOKED:
+        reason = "its attention does not go through transformers' AttentionInterface"
+    elif config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    else:
+        reason = "where it keeps its windows and rotary modules is not known to longattn"
+    raise ValueError(f"extend: model_type {config.model_type!r} is not served: {reason}; served are {served}")
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of a decoder, by layer."""
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""Which keys of a batch are real: the mask function registered with transformers, and what packed rows look like.
+
+No score mask is ever built. What transformers hands to the attention function as `attention_mask` is None, or the
+bounds of each row's real keys, int32 (B, 1, 1 or 2): the first one, and where the cache has empty slots, the end of the
+written ones. The bounds are formed once a forward, without the host reading a device tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.ops.dispatch import debugging
+
+__all__ = ["longattn_mask", "packed_cu_seqlens", "row_bounds"]
+
+
+def longattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Turn a 2-D padding mask and a cache's state into the bounds of each row's real keys.
+
+    Called by transformers, which fixes the arguments: lengths and offsets in tokens, `q_offset` a 0-dim tensor for
+    static caches, `attention_mask` bool (B, tokens so far).
+
+    Returns:
+        int32 (B, 1, 1): first real key of each row; (B, 1, 2): that and the end of the written keys; None: all keys are
+        real.
+    """
+    if use_vmap:
+        raise ValueError("longattn: masks that are joined to the causal one (or_mask, and_mask) are not served")
+    if _is_bounds(attention_mask, batch_size):
+        return attention_mask  # generate forms the masks of static caches before it calls the model
+    start = None
+    if attention_mask is not None:
+        _check_padding_mask(attention_mask, batch_size, q_offset, q_length, kv_offset + kv_length)
+        start = (_first_real_key(attention_mask) - kv_offset).clamp(min=0)  # (B,)
+        device = attention_mask.device
+    end = q_offset + q_length - kv_offset
+    if not isinstance(end, Tensor) and end == kv_length:
+        return None if start is None else start.to(torch.int32)[:, None, None]
+    if start is None:
+        start = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    written = torch.as_tensor(end, device=start.device).expand(batch_size)
+    return torch.stack([start.to(torch.int32), written.to(torch.int32)], dim=-1)[:, None]  # (B, 1, 2)
+
+
+def row_bounds(attention_mask: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Read what `longattn_mask` returned: `kv_start` and `kv_end`, each int32 (B,) or None."""
+    if attention_mask is None:
+        return None, None
+    if not _is_bounds(attention_mask, batch_size):
+        raise ValueError(
+            "longattn: attention_mask must be None or 2-D (B, tokens), 1 for real tokens and 0 for padding, got a "
+            f"{attention_mask.ndim}-D one of shape {tuple(attention_mask.shape)}"
+        )
+    start = attention_mask[:, 0, 0]
+    return start, attention_mask[:, 0, 1] if attention_mask.shape[-1] == 2 else None
+
+
+def packed_cu_seqlens(position_ids: Tensor, batch_size: int) -> Tensor | None:
+    """Where documents packed in a batch's rows begin, as one row after the other.
+
+    A document begins with each row, and wherever a position is not one more than the position before it, which is how
+    transformers reads packed rows.
+
+    Args:
+        position_ids: integer (B, S) or (1, S).
+        batch_size: B.
+
+    Returns:
+        int32 (documents + 1,): the documents' borders in the `B * S` tokens; on devices, where the host does not read
+        how many there are, (B * S + 1,), with empty documents at the end. None: each row holds one document.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if _may_read(position_ids) and not bool(starts[:, 1:].any()):
+        return None
+    starts = starts.expand(batch_size, -1).reshape(-1)
+    tokens = starts.numel()
+    if _may_read(position_ids):
+        borders = starts.nonzero()[:, 0]
+        return torch.cat([borders, borders.new_full((1,), tokens)]).to(torch.int32)
+    places = torch.arange(tokens, device=starts.device, dtype=torch.int32)
+    borders = torch.where(starts, places, tokens).sort().values
+    return torch.cat([borders, borders.new_full((1,), tokens)])
+
+
+def check_no_restart(position_ids: Tensor) -> None:
+    """Refuse packed rows where a cache's earlier keys have lost their documents."""
+    if _may_read(position_ids) and bool((position_ids[:, 1:] <= position_ids[:, :-1]).any()):
+        raise ValueError(
+            "longattn: position_ids start again inside a row, so documents are packed in it, but the cache holds "
+            "earlier tokens or empty slots; give packed rows in one call, without a static cache"
+        )
+
+
+def _first_real_key(mask: Tensor) -> Tensor:
+    """Zeros before each row's first one: int64 (B,); all keys of a row that has none."""
+    return (mask.cumsum(-1) == 0).sum(-1)
+
+
+def _check_padding_mask(mask: Tensor, batch_size: int, q_offset: int | Tensor, q_length: int, slots: int) -> None:
+    if mask.ndim != 2 or mask.shape[0] != batch_size:
+        raise ValueError(
+            f"longattn: attention_mask must be 2-D ({batch_size}, tokens), 1 for real tokens and 0 for padding, got "
+            f"shape {tuple(mask.shape)}"
+        )
+    if not isinstance(q_offset, Tensor) and mask.shape[1] not in (
+        q_offset + q_length,
+        slots,
+    ):
+        raise ValueError(
+            f"longattn: attention_mask must cover the {q_offset} tokens in the cache and the {q_length} new ones, got "
+            f"{mask.shape[1]}"
+        )
+    if not _may_read(mask):
+        return
+    begins = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
+    if bool((begins > 1).any()):
+        row = int((begins > 1).nonzero()[0, 0])
+        raise ValueError(
+            f"longattn: attention_mask must have its ones in one piece a row (padding left, right or both), got zeros "
+            f"between ones in row {row}"
+        )
+
+
+def _is_bounds(mask: Tensor | None, batch_size: int) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.ndim == 3 and mask.shape[:2] == (batch_size, 1)
+
+
+def _may_read(values: Tensor) -> bool:
+    """Whether the host may read a tensor's values."""
+    return (
+        not torch.compiler.is_compiling()
+        and values.device.type != "meta"
+        and (values.device.type == "cpu" or debugging())
+    )

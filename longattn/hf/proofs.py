@@ -1,0 +1,90 @@
+"""Look at a changed model and say what holds: its attention, its caches, its new rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from longattn.hf.attention import calls_seen, longattn_attention
+from longattn.hf.families import attention_modules
+from longattn.hf.masks import longattn_mask
+from longattn.hf.record import IMPLEMENTATION, layer_patterns
+from longattn.pattern import Pattern
+
+__all__ = ["check_attention"]
+
+
+def check_attention(model: PreTrainedModel) -> str:
+    """Show that every layer attends by its recorded pattern, and that caches keep every key that it shows.
+
+    Runs two tokens through the decoder, where its weights are there; on the meta device looks at what would be called.
+
+    Returns:
+        One line that says what was looked at.
+
+    Raises:
+        RuntimeError: a layer is not served by longattn, or a cache would forget a key too early.
+    """
+    patterns = layer_patterns(model.config) or []
+    _check_hook(model)
+    _check_caches(model, patterns)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return f"{len(patterns)} layers are hooked; caches keep every key that they see"
+    with calls_seen() as calls, _evaluating(model), torch.no_grad():
+        device = model.get_input_embeddings().weight.device
+        model.base_model(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device),
+            use_cache=False,
+        )
+    found = {int(module.layer_idx): pattern for module, pattern in calls}
+    if found != dict(enumerate(patterns)):
+        expected = _listed(dict(enumerate(patterns)))
+        raise RuntimeError(f"extend: two tokens were attended to by {_listed(found)}, but the plan says {expected}")
+    return f"{len(patterns)} layers attended by their patterns; caches keep every key that they see"
+
+
+def _check_hook(model: PreTrainedModel) -> None:
+    modules = attention_modules(model)
+    if len(modules) != model.config.num_hidden_layers:
+        raise RuntimeError(f"extend: found {len(modules)} attention modules in {model.config.num_hidden_layers} layers")
+    for module in modules:
+        name = module.config._attn_implementation
+        served = name == IMPLEMENTATION and AttentionInterface().get(name) is longattn_attention
+        if not served or AttentionMaskInterface().get(name) is not longattn_mask:
+            raise RuntimeError(f"extend: layer {module.layer_idx} attends through {name!r}, not through longattn")
+
+
+def _check_caches(model: PreTrainedModel, patterns: Sequence[Pattern]) -> None:
+    cache = DynamicCache(config=model.config)
+    for layer, (pattern, slots) in enumerate(zip(patterns, cache.layers, strict=True)):
+        if not slots.is_sliding:
+            continue
+        if pattern.kind != "window" or pattern.sinks or pattern.size > slots.sliding_window:
+            raise RuntimeError(
+                f"extend: layer {layer} sees {pattern}, but its cache keeps {slots.sliding_window} tokens"
+            )
+
+
+def _listed(patterns: dict[int, Pattern]) -> str:
+    return str({layer: str(pattern) for layer, pattern in sorted(patterns.items())})
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; modules may have been in different modes before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,291 @@
+"""Change a loaded model by a plan, all of it or nothing, prove that it took effect, and put it back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import longattn.hf  # noqa: F401  (registers the attention that a plan asks for)
+from longattn.hf.families import Family, attention_modules, family_of
+from longattn.hf.proofs import check_attention
+from longattn.hf.record import (
+    IMPLEMENTATION,
+    VERSION,
+    as_fields,
+    layer_patterns,
+    original_fields,
+    read_record,
+)
+from longattn.hf.rope import (
+    check_rotary_modules,
+    head_dim_of,
+    rebuild_rotary_modules,
+    rotary_modules,
+)
+from longattn.pattern import Pattern
+from longattn.plan import Plan
+from longattn.report import Change, Report, in_runs
+from longattn.rope_plan import resolve_rope
+
+__all__ = ["extend", "restore"]
+
+# transformers' stand-in for a tokenizer that has no limit is int(1e30)
+NO_LIMIT = 10**29
+STOCK_IMPLEMENTATION = "sdpa"
+PARTS = ("attention", "train_attention")
+
+
+def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan) -> Report:
+    """Change a model's rotary embedding, length, attention patterns and vocabulary in place, as a plan says.
+
+    All of the plan is checked before anything changes, and on any error model, configs and tokenizer are as they were.
+    What was changed is looked at again afterwards. `config.longattn` keeps the plan and what `restore` needs.
+
+    Args:
+        model: a causal decoder of a served family; its weights may be on the meta device where its embeddings are not.
+        tokenizer: the model's own; may be None where no token is added.
+        plan: what to change.
+
+    Returns:
+        What changed, and what was checked.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the family is not served, or the plan contradicts itself, the model, or changes nothing.
+        RuntimeError: a change did not take effect.
+
+    Example:
+        >>> report = longattn.extend(model, tokenizer, longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0}))
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"extend: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"extend: plan must be a longattn.Plan, got {type(plan).__name__}")
+    config = model.config
+    family = family_of(config)
+    family.check(config)
+    rope = _rope_fields(config, plan)
+    attention = _planned_attention(config, family, plan, rope)
+    changes: list[Change] = []
+    proofs: list[str] = []
+    with _unchanged_on_error(model, tokenizer):
+        _write_record(config, plan, {**rope, **({} if attention is None else attention.fields)})
+        if rope:
+            changes += _set_fields(config, rope)
+            rebuild_rotary_modules(model)
+            changes += _lengthen(tokenizer, changes)
+            proofs.append(check_rotary_modules(model))
+        if attention is not None:
+            changes += _hook(model, family, attention)
+            proofs.append(check_attention(model))
+    return Report(changes, None, proofs)
+
+
+def restore(model: PreTrainedModel) -> Report:
+    """Put a model's rotary embedding, length and attention back as they were before its first plan; tokens stay.
+
+    Works on a model that `longattn.extend` changed and on one loaded from a checkpoint saved after it.
+
+    Args:
+        model: the changed model, in place.
+
+    Returns:
+        What changed.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: no plan was applied to it.
+
+    Example:
+        >>> longattn.restore(model).changes[0].what
+        'rope_parameters'
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"restore: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    config = model.config
+    record = read_record(config)
+    if record is None:
+        raise ValueError("restore: config.longattn is missing, so no plan was applied to this model")
+    family = family_of(config)
+    fields = dict(record["original"])
+    implementation = fields.pop("attn_implementation", None)
+    patterns = [layer_patterns(config, part) for part in PARTS]
+    proofs: list[str] = []
+    with _unchanged_on_error(model, None):
+        del config.longattn
+        changes = _set_fields(config, fields)
+        if "rope_parameters" in fields:
+            rebuild_rotary_modules(model)
+            proofs.append(check_rotary_modules(model))
+        if implementation is not None:
+            changes += _set_implementation(model, implementation)
+            _sync_windows(model, family)
+            own = family.patterns_of(config)
+            changes += [_pattern_change(part, before or own, own) for part, before in zip(PARTS, patterns, strict=True)]
+    return Report([change for change in changes if change.before != change.after], None, proofs)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The patterns that layers have and that a plan gives them, and the config fields that change with these."""
+
+    before: dict[str, list[Pattern]]
+    after: dict[str, list[Pattern]]
+    fields: dict[str, Any]
+
+
+def _rope_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+    """The config fields that a plan's rope and context change; empty where it has neither."""
+    if plan.rope is None and plan.context is None:
+        return {}
+    bounded = plan.attention is not None or layer_patterns(config) is not None
+    change = resolve_rope(
+        config.rope_parameters,
+        config.max_position_embeddings,
+        plan.rope,
+        plan.context,
+        head_dim_of(config),
+        length_only=bounded,
+    )
+    return {
+        "rope_parameters": change.rope_parameters,
+        "max_position_embeddings": int(change.max_position_embeddings),
+    }
+
+
+def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rope: dict[str, Any]) -> _Attention | None:
+    """The attention part of a plan, checked against the model; None where it has none."""
+    if plan.attention is None and plan.train_attention is None:
+        return None
+    layers = config.num_hidden_layers
+    own = family.patterns_of(config)
+    before = {part: layer_patterns(config, part) or own for part in PARTS}
+    serving = plan.attention_patterns(layers) or before["attention"]
+    after = {
+        "attention": serving,
+        "train_attention": plan.train_patterns(layers) or serving,
+    }
+    length = rope.get("max_position_embeddings", config.max_position_embeddings)
+    for pattern in (*after["attention"], *after["train_attention"]):
+        if pattern.kind == "group" and pattern.size > length:
+            raise ValueError(f"extend: a group must fit into the model's {length} tokens, got {pattern}")
+    if before == after and not rope and plan.tokens is None:
+        listed = in_runs([str(pattern) for pattern in serving])
+        raise ValueError(f"extend: the plan changes nothing: the layers attend by {listed} already")
+    return _Attention(
+        before,
+        after,
+        {**family.window_fields(serving), "attn_implementation": IMPLEMENTATION},
+    )
+
+
+def _write_record(config: PreTrainedConfig, plan: Plan, fields: dict[str, Any]) -> None:
+    """Note the plan, and of the fields that it changes the values that no earlier plan has noted."""
+    earlier = read_record(config) or {}
+    present = {name: _field(config, name) for name in fields}
+    record = {
+        **earlier,
+        "version": VERSION,
+        "plan": plan.to_dict(),
+        "original": {**present, **original_fields(config)},
+    }
+    if earlier:
+        record["earlier_plans"] = [*earlier.get("earlier_plans", []), earlier["plan"]]
+    config.longattn = record
+
+
+def _field(config: PreTrainedConfig, name: str) -> Any:
+    if name == "attn_implementation":
+        return config._attn_implementation
+    return copy.deepcopy(getattr(config, name))
+
+
+def _set_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[Change]:
+    changes = [Change(name, _field(config, name), value) for name, value in fields.items()]
+    for name, value in fields.items():
+        setattr(config, name, copy.deepcopy(value))
+    return [change for change in changes if change.before != change.after]
+
+
+def _lengthen(tokenizer: PreTrainedTokenizerBase | None, changes: list[Change]) -> list[Change]:
+    """Let a tokenizer that knows the model's length follow it."""
+    length = next(
+        (change.after for change in changes if change.what == "max_position_embeddings"),
+        None,
+    )
+    if tokenizer is None or length is None or tokenizer.model_max_length >= NO_LIMIT:
+        return []
+    before, tokenizer.model_max_length = tokenizer.model_max_length, length
+    return [Change("tokenizer.model_max_length", before, length)]
+
+
+def _hook(model: PreTrainedModel, family: Family, attention: _Attention) -> list[Change]:
+    """Give the layers their patterns: record, config fields, what modules copied out of them, implementation."""
+    config = model.config
+    config.longattn = {
+        **config.longattn,
+        **{part: [as_fields(p) for p in attention.after[part]] for part in PARTS},
+    }
+    fields = {name: value for name, value in attention.fields.items() if name != "attn_implementation"}
+    changes = [_pattern_change(part, attention.before[part], attention.after[part]) for part in PARTS]
+    changes = [change for change in changes if change.before != change.after]
+    changes += _set_fields(config, fields)
+    changes += _set_implementation(model, IMPLEMENTATION)
+    _sync_windows(model, family)
+    return changes
+
+
+def _pattern_change(part: str, before: list[Pattern], after: list[Pattern]) -> Change:
+    return Change(part, [str(pattern) for pattern in before], [str(pattern) for pattern in after])
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> list[Change]:
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError):
+        # a model restored on another machine than the one that it was extended on may lack its first implementation
+        model.set_attn_implementation(STOCK_IMPLEMENTATION)
+    after = model.config._attn_implementation
+    return [] if before == after else [Change("attn_implementation", before, after)]
+
+
+def _sync_windows(model: PreTrainedModel, family: Family) -> None:
+    for module, name, value in family.window_attributes(model):
+        setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    """Put configs, rotary modules, what modules copied out of the config, and the tokenizer's length back on an error.
+
+    Values are replaced, never changed in place, so the attributes' old values are enough.
+    """
+    holders: list[Any] = [model.config]
+    if getattr(model, "generation_config", None) is not None:
+        holders.append(model.generation_config)
+    held = [(holder, dict(vars(holder))) for holder in holders]
+    modules = [module for _, module in rotary_modules(model)]
+    modules += [module for module in model.modules() if hasattr(module, "has_sliding_layers")]
+    modules += attention_modules(model)
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+    length = None if tokenizer is None else tokenizer.model_max_length
+    try:
+        yield
+    except BaseException:
+        for holder, attributes in held:
+            vars(holder).clear()
+            vars(holder).update(attributes)
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        if tokenizer is not None:
+            tokenizer.model_max_length = length
+        raise
