@@ -81,16 +81,7 @@ def plot_wavelengths(
         if baseline is not None and inv_freq.numel() == baseline.numel():
             panels[1].plot(_wavelength(inv_freq) / _wavelength(baseline), **style)
     if context is not None:
-        panels[0].axhline(context, color=INK, linestyle=(0, (5, 4)), linewidth=1.1)
-        panels[0].annotate(
-            f"original context: {context:,} tokens",
-            (0.01, context),
-            xycoords=panels[0].get_yaxis_transform(),
-            xytext=(0, 4),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=INK,
-        )
+        _draw_context(panels[0], context)
     for axes in panels:
         axes.set_xlabel("frequency index")
         axes.grid(color="#e9ecf0", linewidth=0.8)
@@ -101,6 +92,19 @@ def plot_wavelengths(
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
+
+
+def _draw_context(axes: Axes, context: int) -> None:
+    axes.axhline(context, color=INK, linestyle=(0, (5, 4)), linewidth=1.1)
+    axes.annotate(
+        f"original context: {context:,} tokens",
+        (0.01, context),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontsize=8.5,
+        color=INK,
+    )
 
 
 def _wavelength(inv_freq: Tensor) -> numpy.ndarray:
