@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -144,12 +142,8 @@ def _check_tokens(tokens: Any) -> dict[str, Any]:
     names = tokens.get("tokens")
     if isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
         raise TypeError(f"Plan: tokens['tokens'] must be a list, or a mapping from role to token, got {names!r}")
-    texts = list(names.values()) if isinstance(names, Mapping) else list(names)
-    if not texts:
+    if not names:
         raise ValueError(f"Plan: tokens['tokens'] must name at least one token, got {names!r}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"Plan: tokens['tokens'] must hold texts, got {text!r}")
     if not isinstance(tokens.get("special", True), bool):
         raise TypeError(f"Plan: tokens['special'] must be true or false, got {tokens['special']!r}")
     multiple = tokens.get("pad_to_multiple_of")
@@ -157,7 +151,7 @@ def _check_tokens(tokens: Any) -> dict[str, Any]:
         raise TypeError(f"Plan: tokens['pad_to_multiple_of'] must be an int, got {multiple!r}")
     if multiple is not None and multiple < 1:
         raise ValueError(f"Plan: tokens['pad_to_multiple_of'] must be at least 1, got {multiple}")
-    return {**tokens, "tokens": dict(names) if isinstance(names, Mapping) else texts}
+    return {**tokens, "tokens": dict(names) if isinstance(names, Mapping) else list(names)}
 
 
 def _storable(value: Any) -> Any:
@@ -165,10 +159,8 @@ def _storable(value: Any) -> Any:
         return {str(key): _storable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_storable(entry) for entry in value]
-    if callable(value):
-        return "callable"
-    try:
-        json.dumps(value)
-    except TypeError:
-        return "tensor"
-    return copy.copy(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if hasattr(value, "content"):  # tokenizers.AddedToken
+        return value.content
+    return "callable" if callable(value) else "tensor"

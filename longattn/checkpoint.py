@@ -1,0 +1,199 @@
+"""Change a checkpoint on disk and write the new one, whatever its size; changes with what a checkpoint folder holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longattn.checkpoint_source import (
+    TOKENIZER_CONFIG,
+    check_shapes,
+    files_beside_weights,
+    load_tokenizer,
+    materialise_embeddings,
+    model_without_weights,
+    read_config,
+    read_json,
+    source_folder,
+)
+from longattn.plan import Plan
+from longattn.report import Change, Report
+from longattn.shards import Progress, Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["extend_checkpoint", "preview_checkpoint"]
+
+# What a tokenizer that was changed says in tokenizer.json alone.
+STALE_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
+
+
+def extend_checkpoint(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], plan: Plan, *, progress: Progress | None = None
+) -> Report:
+    """Change a checkpoint by a plan and write the new one to another folder.
+
+    The model is built without weights, only the embeddings are read where tokens are added, and all other tensors are
+    copied as bytes, so that a checkpoint larger than the memory passes. The new folder appears whole or not at all, and
+    the old one is only read.
+
+    Args:
+        src: a folder with a transformers checkpoint in safetensors, or the id of a model on the Hub.
+        dst: the folder to write; it must not exist, nor lie in `src`.
+        plan: what to change.
+        progress: called with the name of a tensor that is being written, the bytes written so far, and those in all.
+
+    Returns:
+        What changed, and what was checked.
+
+    Raises:
+        FileExistsError: `dst` exists.
+        OSError: a file can't be read or written, or the Hub can't be reached.
+        ValueError: `dst` is in `src`; the checkpoint is damaged, quantised or no safetensors; or as `longattn.extend`.
+
+    Example:
+        >>> plan = longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})
+        >>> report = extend_checkpoint("Llama-2-7b", "Llama-2-7b-32k", plan)
+    """
+    source, target = source_folder(src), Path(dst).expanduser().absolute()
+    if os.path.lexists(target):
+        raise FileExistsError(f"extend: DST {dst} exists; give the name of a new folder")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"extend: DST {dst} must not lie in SRC {src}, which is left as it is")
+    changed = _Changed.of(source, plan)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = changed.shards.num_bytes(changed.replaced), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(f"extend: DST {dst} needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB left")
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    part.mkdir()
+    try:
+        changed.write(part, progress)
+        changed.check_written(part)
+        part.rename(target)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return changed.report
+
+
+def preview_checkpoint(src: str | os.PathLike[str], plan: Plan) -> Report:
+    """Say what `extend_checkpoint` would change; reads and checks the checkpoint, and writes nothing.
+
+    Args:
+        src: as in `extend_checkpoint`.
+        plan: what to change.
+
+    Returns:
+        The report that `extend_checkpoint` would return.
+
+    Raises:
+        OSError, ValueError: as `extend_checkpoint`.
+
+    Example:
+        >>> print(preview_checkpoint("Llama-2-7b", longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})))
+    """
+    return _Changed.of(source_folder(src), plan).report
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A checkpoint and what a plan has made of its parts, nothing written yet."""
+
+    source: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    shards: Shards
+    replaced: dict[str, Tensor]
+    new_generation: bool
+    new_length: int | None
+    report: Report
+
+    @classmethod
+    def of(cls, source: Path, plan: Plan) -> _Changed:
+        import longattn.surgery
+
+        stored_config = read_config(source)
+        shards = Shards.open(source)
+        model = model_without_weights(stored_config, source)
+        check_shapes(model, shards)
+        tokenizer, homes = None, {}
+        if plan.tokens is not None:
+            tokenizer = load_tokenizer(source)
+            homes = materialise_embeddings(model, shards)
+        config = model.config
+        length, generation = config.max_position_embeddings, _as_dict(model.generation_config)
+        report = longattn.surgery.extend(model, tokenizer, plan)
+        new_length = config.max_position_embeddings if config.max_position_embeddings != length else None
+        if new_length is not None:
+            report = _follow_length(report, source, tokenizer, new_length)
+        return cls(
+            source=source,
+            model=model,
+            tokenizer=tokenizer,
+            shards=shards,
+            replaced={name: getattr(module, attribute).detach() for name, (module, attribute) in homes.items()},
+            new_generation=_as_dict(model.generation_config) != generation,
+            new_length=new_length,
+            report=report,
+        )
+
+    def write(self, folder: Path, progress: Progress | None) -> None:
+        self.model.config.save_pretrained(folder)
+        if self.new_generation and self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        for path in files_beside_weights(self.source):
+            target = folder / path
+            if target.exists() or (self.tokenizer is not None and path.name in STALE_TOKENIZER_FILES):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source / path, target)
+        tokenizer_config = folder / TOKENIZER_CONFIG
+        if self.tokenizer is None and self.new_length is not None and tokenizer_config.is_file():
+            fields = {**read_json(tokenizer_config), "model_max_length": self.new_length}
+            tokenizer_config.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.shards.write(folder, self.replaced, progress)
+
+    def check_written(self, folder: Path) -> None:
+        """Read back what the new folder says about itself."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        Shards.open(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for field in ("rope_parameters", "max_position_embeddings", "vocab_size"):
+            if getattr(config, field) != getattr(self.model.config, field):
+                raise RuntimeError(f"extend: config.json reads back another {field}, {getattr(config, field)}")
+        if self.tokenizer is not None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise RuntimeError("extend: the tokenizer reads back other tokens than were saved")
+
+
+def _as_dict(generation_config: Any) -> dict[str, Any] | None:
+    return None if generation_config is None else generation_config.to_dict()
+
+
+def _follow_length(report: Report, source: Path, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Report:
+    """Let the tokenizer's length follow the model's, also where it is not loaded."""
+    what = "tokenizer.model_max_length"
+    if tokenizer is not None:
+        before, tokenizer.model_max_length = tokenizer.model_max_length, length
+    elif (source / TOKENIZER_CONFIG).is_file():
+        before = read_json(source / TOKENIZER_CONFIG).get("model_max_length")
+    else:
+        return report
+    if before == length or any(change.what == what for change in report.changes):
+        return report
+    no_limit = before is None or not math.isfinite(before) or before >= 10**29
+    change = Change(what, None if no_limit else before, length)
+    return replace(report, changes=[*report.changes, change])

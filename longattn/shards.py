@@ -1,0 +1,258 @@
+"""The safetensors files of a checkpoint: check them, read one tensor, write them anew; changes with that format.
+
+A file is 8 bytes, the header's length in bytes (little-endian); the header, JSON: name -> dtype, shape and the range of
+bytes after the header; then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+__all__ = ["Progress", "Shard", "Shards", "StoredTensor", "read_tensor"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a tensor that is being written, the bytes written so far, and the bytes in all."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CHUNK_BYTES = 16 * 2**20
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16},
+    **{"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8},
+    **{"F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a shard.
+
+    Args:
+        name: its name in the checkpoint.
+        dtype: as safetensors writes it, "BF16".
+        shape: its sizes.
+        start: its first byte, counted from the beginning of the file.
+        num_bytes: its size.
+        path: the shard.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, checked: `header` is the raw bytes before the tensors, which come in file order."""
+
+    path: Path
+    header: bytes
+    metadata: dict[str, str] | None
+    tensors: tuple[StoredTensor, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read a file's header, and check that it is whole and describes every byte of the file.
+
+        Raises:
+            ValueError: the file is no safetensors file, or damaged, or cut off.
+        """
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"extend: {path.name} is corrupt or cut off: its {size} bytes do not hold its header")
+            header = file.read(length)
+        try:
+            entries = json.loads(header)
+            metadata = entries.pop("__metadata__", None)
+            tensors = [_stored(name, entry, 8 + length, path) for name, entry in entries.items()]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"extend: {path.name} is corrupt: its header can't be read ({error})") from None
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
+        end = 8 + length
+        for tensor in tensors:
+            if tensor.start != end:
+                raise ValueError(
+                    f"extend: {path.name} is corrupt: {tensor.name} begins at byte {tensor.start}, not {end}"
+                )
+            end += tensor.num_bytes
+        if end != size:
+            state = "cut off" if size < end else "corrupt"
+            raise ValueError(f"extend: {path.name} is {state}: its header describes {end} bytes, the file has {size}")
+        return cls(path, start + header, metadata, tuple(tensors))
+
+    def header_with(self, replaced: Mapping[str, Tensor]) -> bytes:
+        """The header's bytes when some tensors are replaced; the very bytes of old where none is."""
+        if not any(tensor.name in replaced for tensor in self.tensors):
+            return self.header
+        entries: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
+        offset = 0
+        for tensor in self.tensors:
+            dtype, shape, num_bytes = tensor.dtype, list(tensor.shape), tensor.num_bytes
+            if (new := replaced.get(tensor.name)) is not None:
+                dtype, shape, num_bytes = DTYPE_NAMES[new.dtype], list(new.shape), new.nbytes
+            entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + num_bytes]}
+            offset += num_bytes
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        return len(text).to_bytes(8, "little") + text
+
+
+def _stored(name: str, entry: Mapping[str, Any], base: int, path: Path) -> StoredTensor:
+    dtype, shape = entry["dtype"], tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    if min([begin, end - begin, *shape]) < 0 or (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8 != end - begin:
+        raise ValueError(f"{name} is {dtype} {list(shape)} but has bytes {begin} to {end}")
+    return StoredTensor(name, dtype, shape, base + begin, end - begin, path)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All weights of a checkpoint, one file or several with an index."""
+
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """Find a checkpoint's weights and check every file's header and size, and the index against the files.
+
+        Raises:
+            ValueError: there are no safetensors files, one is missing or damaged, or the index disagrees with them.
+        """
+        if not (folder / INDEX).is_file():
+            if (folder / SINGLE).is_file():
+                return cls((Shard.open(folder / SINGLE),), None)
+            pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+            if pickles:
+                raise ValueError(
+                    f"extend: {folder} has no safetensors weights but {pickles[0]}, a pickle, which can run any code "
+                    "when it is read; load it in transformers if you trust it and save_pretrained it as safetensors"
+                )
+            raise ValueError(f"extend: {folder} has neither {SINGLE} nor {INDEX}")
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            weight_map = dict(index["weight_map"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"extend: {INDEX} is corrupt: {error!r}") from None
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"extend: {INDEX} must name files beside it, got {file!r}")
+            if not (folder / file).is_file():
+                raise ValueError(f"extend: {INDEX} names {file}, which is missing in {folder}")
+        weights = cls(tuple(Shard.open(folder / file) for file in files), index)
+        weights._check_index(weight_map)
+        return weights
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        found = {(tensor.name, tensor.path.name) for tensor in self}
+        for name, file in weight_map.items():
+            if (name, file) not in found:
+                raise ValueError(f"extend: {INDEX} disagrees with the shards: {name} is not in {file}")
+        for name, file in sorted(found):
+            if weight_map.get(name) != file:
+                raise ValueError(
+                    f"extend: {INDEX} disagrees with the shards: {file} holds {name}, which it does not list"
+                )
+
+    def __iter__(self) -> Iterator[StoredTensor]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of the files that `write` writes."""
+        return {shard.path.name for shard in self.shards} | ({INDEX} if self.index is not None else set())
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor of that name, or None."""
+        return next((tensor for tensor in self if tensor.name == name), None)
+
+    def num_bytes(self, replaced: Mapping[str, Tensor]) -> int:
+        """Bytes of all tensors when some are replaced."""
+        return sum(replaced[t.name].nbytes if t.name in replaced else t.num_bytes for t in self)
+
+    def write(self, folder: Path, replaced: Mapping[str, Tensor], progress: Progress | None = None) -> None:
+        """Write the same files to another folder, `replaced` tensors in place of the stored ones, all others as bytes.
+
+        Args:
+            folder: where to; it exists.
+            replaced: new tensors by name, on the CPU, in a dtype of `TORCH_DTYPES`.
+            progress: called after every piece of at most 16 MiB.
+        """
+        total, done = self.num_bytes(replaced), 0
+        for shard in self.shards:
+            with shard.path.open("rb") as source, (folder / shard.path.name).open("wb") as target:
+                target.write(shard.header_with(replaced))
+                for tensor in shard.tensors:
+                    for piece in _pieces(tensor, source, replaced.get(tensor.name)):
+                        target.write(piece)
+                        done += len(piece)
+                        if progress is not None:
+                            progress(tensor.name, done, total)
+        if self.index is not None:
+            (folder / INDEX).write_text(json.dumps(self._new_index(replaced), indent=2) + "\n", encoding="utf-8")
+
+    def _new_index(self, replaced: Mapping[str, Tensor]) -> dict[str, Any]:
+        assert self.index is not None
+        metadata = {**self.index.get("metadata", {}), "total_size": self.num_bytes(replaced)}
+        if "total_parameters" in metadata:
+            old = {tensor.name: math.prod(tensor.shape) for tensor in self}
+            metadata["total_parameters"] += sum(new.numel() - old[name] for name, new in replaced.items())
+        return {**self.index, "metadata": metadata}
+
+
+def _pieces(tensor: StoredTensor, source: BinaryIO, new: Tensor | None) -> Iterator[memoryview | bytes]:
+    """The bytes of a tensor, the new one's or else the stored one's, a chunk at a time."""
+    if new is not None:
+        content = memoryview(new.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for start in range(0, len(content), CHUNK_BYTES):
+            yield content[start : start + CHUNK_BYTES]
+        return
+    source.seek(tensor.start)
+    left = tensor.num_bytes
+    while left:
+        piece = source.read(min(left, CHUNK_BYTES))
+        if not piece:
+            raise ValueError(f"extend: {tensor.path.name} was cut off while it was read, in {tensor.name}")
+        left -= len(piece)
+        yield piece
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read one tensor into memory.
+
+    Raises:
+        ValueError: its dtype is none of `TORCH_DTYPES`.
+    """
+    if stored.dtype not in TORCH_DTYPES:
+        raise ValueError(
+            f"extend: {stored.name} must be one of {', '.join(TORCH_DTYPES)} to be changed, got {stored.dtype}"
+        )
+    content = bytearray(stored.num_bytes)
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        if file.readinto(content) != stored.num_bytes:
+            raise ValueError(f"extend: {stored.path.name} was cut off while it was read, in {stored.name}")
+    if not content:
+        return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+    return torch.frombuffer(content, dtype=TORCH_DTYPES[stored.dtype]).reshape(stored.shape)
