@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import longattn.hf  # noqa: F401  (registers the attention that a plan asks for)
-from longattn.hf.families import Family, attention_modules, family_of
-from longattn.hf.proofs import check_attention
-from longattn.hf.record import (
-    IMPLEMENTATION,
-    VERSION,
-    as_fields,
-    layer_patterns,
-    original_fields,
-    read_record,
-)
-from longattn.hf.rope import (
-    check_rotary_modules,
-    head_dim_of,
-    rebuild_rotary_modules,
-    rotary_modules,
-)
+from longattn.hf.families import Family, family_of
+from longattn.hf.proofs import check_attention, check_tokens
+from longattn.hf.record import IMPLEMENTATION, VERSION, as_fields, layer_patterns, original_fields, read_record
+from longattn.hf.rope import check_rotary_modules, head_dim_of, rebuild_rotary_modules
+from longattn.hf.undo import unchanged_on_error
 from longattn.pattern import Pattern
 from longattn.plan import Plan
 from longattn.report import Change, Report, in_runs
 from longattn.rope_plan import resolve_rope
+from longattn.vocab import TokenPlan, prepare_tokens
 
 __all__ = ["extend", "restore"]
 
@@ -71,9 +59,11 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     family.check(config)
     rope = _rope_fields(config, plan)
     attention = _planned_attention(config, family, plan, rope)
+    tokens = _planned_tokens(model, tokenizer, plan)
+    new_ids = [] if tokens is None else list(tokens.report.ids.values())
     changes: list[Change] = []
     proofs: list[str] = []
-    with _unchanged_on_error(model, tokenizer):
+    with unchanged_on_error(model, tokenizer, new_ids):
         _write_record(config, plan, {**rope, **({} if attention is None else attention.fields)})
         if rope:
             changes += _set_fields(config, rope)
@@ -83,7 +73,10 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
         if attention is not None:
             changes += _hook(model, family, attention)
             proofs.append(check_attention(model))
-    return Report(changes, None, proofs)
+        report = None if tokens is None else tokens.apply()
+        if report is not None:
+            proofs.append(check_tokens(model, tokenizer, report))
+    return Report(changes, report, proofs)
 
 
 def restore(model: PreTrainedModel) -> Report:
@@ -116,7 +109,7 @@ def restore(model: PreTrainedModel) -> Report:
     implementation = fields.pop("attn_implementation", None)
     patterns = [layer_patterns(config, part) for part in PARTS]
     proofs: list[str] = []
-    with _unchanged_on_error(model, None):
+    with unchanged_on_error(model):
         del config.longattn
         changes = _set_fields(config, fields)
         if "rope_parameters" in fields:
@@ -182,6 +175,15 @@ def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rop
         after,
         {**family.window_fields(serving), "attn_implementation": IMPLEMENTATION},
     )
+
+
+def _planned_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan) -> TokenPlan | None:
+    """The new rows that a plan asks for, computed; None where it has no tokens."""
+    if plan.tokens is None:
+        return None
+    if tokenizer is None:
+        raise ValueError("extend: tokenizer must be given where the plan adds tokens, got None")
+    return prepare_tokens(model, tokenizer, **plan.tokens)
 
 
 def _write_record(config: PreTrainedConfig, plan: Plan, fields: dict[str, Any]) -> None:
@@ -258,34 +260,3 @@ def _set_implementation(model: PreTrainedModel, name: str) -> list[Change]:
 def _sync_windows(model: PreTrainedModel, family: Family) -> None:
     for module, name, value in family.window_attributes(model):
         setattr(module, name, value)
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
-    """Put configs, rotary modules, what modules copied out of the config, and the tokenizer's length back on an error.
-
-    Values are replaced, never changed in place, so the attributes' old values are enough.
-    """
-    holders: list[Any] = [model.config]
-    if getattr(model, "generation_config", None) is not None:
-        holders.append(model.generation_config)
-    held = [(holder, dict(vars(holder))) for holder in holders]
-    modules = [module for _, module in rotary_modules(model)]
-    modules += [module for module in model.modules() if hasattr(module, "has_sliding_layers")]
-    modules += attention_modules(model)
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    length = None if tokenizer is None else tokenizer.model_max_length
-    try:
-        yield
-    except BaseException:
-        for holder, attributes in held:
-            vars(holder).clear()
-            vars(holder).update(attributes)
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        if tokenizer is not None:
-            tokenizer.model_max_length = length
-        raise

@@ -142,8 +142,7 @@ def _documents(
         return None
     if sq == sk and attention_mask is None:
         return packed_cu_seqlens(position_ids, batch)
-    if attention_mask is None or attention_mask.shape[-1] == 2:
-        check_no_restart(position_ids)
+    check_no_restart(position_ids, attention_mask)
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longattn.ops.dispatch import debugging
 
-__all__ = ["longattn_mask", "packed_cu_seqlens", "row_bounds"]
+__all__ = ["check_no_restart", "longattn_mask", "packed_cu_seqlens", "row_bounds"]
 
 
 def longattn_mask(
@@ -96,9 +96,23 @@ def packed_cu_seqlens(position_ids: Tensor, batch_size: int) -> Tensor | None:
     return torch.cat([borders, borders.new_full((1,), tokens)])
 
 
-def check_no_restart(position_ids: Tensor) -> None:
-    """Refuse packed rows where a cache's earlier keys have lost their documents."""
-    if _may_read(position_ids) and bool((position_ids[:, 1:] <= position_ids[:, :-1]).any()):
+def check_no_restart(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse packed rows where a cache's earlier keys have lost their documents, or where it has empty slots.
+
+    Args:
+        position_ids: integer (B, Sq) or (1, Sq).
+        attention_mask: what `longattn_mask` returned; positions before a row's first real key may be anything.
+    """
+    if not _may_read(position_ids):
+        return
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None:
+        start, end = row_bounds(attention_mask, attention_mask.shape[0])
+        if end is None:
+            return  # a mask and a growing cache: as in transformers, positions tell no documents apart
+        places = torch.arange(1 - position_ids.shape[1], 0, device=restarts.device) + end[:, None]
+        restarts = restarts & (places > start[:, None])
+    if bool(restarts.any()):
         raise ValueError(
             "longattn: position_ids start again inside a row, so documents are packed in it, but the cache holds "
             "earlier tokens or empty slots; give packed rows in one call, without a static cache"

@@ -12,6 +12,7 @@ from transformers import (
     AttentionMaskInterface,
     DynamicCache,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from longattn.hf.attention import calls_seen, longattn_attention
@@ -19,8 +20,9 @@ from longattn.hf.families import attention_modules
 from longattn.hf.masks import longattn_mask
 from longattn.hf.record import IMPLEMENTATION, layer_patterns
 from longattn.pattern import Pattern
+from longattn.vocab import TokenReport
 
-__all__ = ["check_attention"]
+__all__ = ["check_attention", "check_tokens"]
 
 
 def check_attention(model: PreTrainedModel) -> str:
@@ -50,6 +52,36 @@ def check_attention(model: PreTrainedModel) -> str:
         expected = _listed(dict(enumerate(patterns)))
         raise RuntimeError(f"extend: two tokens were attended to by {_listed(found)}, but the plan says {expected}")
     return f"{len(patterns)} layers attended by their patterns; caches keep every key that they see"
+
+
+def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: TokenReport) -> str:
+    """Show that tokenizer, embeddings and config agree about the new tokens.
+
+    Returns:
+        One line that says what was looked at.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    read = {token: tokenizer.convert_tokens_to_ids(token) for token in report.ids}
+    if read != report.ids:
+        raise RuntimeError(
+            f"extend: the tokenizer gives the new tokens the ids {read}, but they were to have {report.ids}"
+        )
+    matrices = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    ids = torch.tensor(list(report.ids.values()))
+    for name, module in matrices.items():
+        if module is None:
+            continue
+        rows = module.weight.detach()[ids.to(module.weight.device)]
+        if module.weight.shape[0] != report.rows[1] or not bool(rows.isfinite().all()):
+            raise RuntimeError(
+                f"extend: the {name} embedding does not hold {report.rows[1]} rows, with finite new ones"
+            )
+    vocab_size = model.config.get_text_config().vocab_size
+    if vocab_size != report.rows[1]:
+        raise RuntimeError(f"extend: config.vocab_size is {vocab_size}, but the embeddings have {report.rows[1]} rows")
+    return f"{len(report.ids)} new token(s) are read by the tokenizer and have finite rows"
 
 
 def _check_hook(model: PreTrainedModel) -> None:
