@@ -108,32 +108,24 @@ def prepare_tokens(
         >>> plan = prepare_tokens(model, tokenizer, ["<tool>"])
         >>> report = plan.apply()
     """
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"add_tokens: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"add_tokens: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+    _check_types(model, tokenizer)
     named = new_tokens(tokens, special, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
-    multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
-    if isinstance(multiple, bool) or not isinstance(multiple, int):
-        raise TypeError(f"add_tokens: pad_to_multiple_of must be an int, got {pad_to_multiple_of!r}")
-    if multiple < 1:
-        raise ValueError(f"add_tokens: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+    multiple = _check_multiple(pad_to_multiple_of)
     matrices = find_matrices(model)
     # subwords are cut by a copy, too: encoding a text sets the truncation and padding that a tokenizer keeps
     scratch = copy.deepcopy(tokenizer)
-    old_ids = sorted(scratch.get_vocab().values())
+    vocab = scratch.get_vocab()
+    old_ids = sorted(vocab.values())
     _check_fits(matrices, old_ids)
     for token in named:
-        known = existing_id(scratch, token.text)
+        known = existing_id(scratch, token.text, vocab)
         if known is not None:
             raise ValueError(f"add_tokens: tokens must be new, got {token.text!r}, which has id {known}")
     texts = [token.text for token in named]
     rules = _read_rules(matrices, init, output_init, texts, scratch)
     ids = stage(scratch, named)
     rows = -(-max(matrices.rows, max(ids) + 1) // multiple) * multiple
-    padding = [row for row in range(matrices.rows, rows) if row not in set(ids)]
+    padding = sorted(set(range(matrices.rows, rows)) - set(ids))
     filled = [make_rows(part, old_ids, rules[part.name], len(padding)) for part in matrices.parts]
     how = {part: {text: rule.how for text, rule in of_part.items()} for part, of_part in rules.items()}
     report = TokenReport(
@@ -148,6 +140,24 @@ def prepare_tokens(
         padding_rows=padding,
     )
     return TokenPlan(model, tokenizer, named, matrices, filled, report)
+
+
+def _check_types(model: object, tokenizer: object) -> None:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"add_tokens: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"add_tokens: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+
+
+def _check_multiple(pad_to_multiple_of: int | None) -> int:
+    multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+    if isinstance(multiple, bool) or not isinstance(multiple, int):
+        raise TypeError(f"add_tokens: pad_to_multiple_of must be an int, got {pad_to_multiple_of!r}")
+    if multiple < 1:
+        raise ValueError(f"add_tokens: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+    return multiple
 
 
 def _check_fits(matrices: Matrices, old_ids: Sequence[int]) -> None:

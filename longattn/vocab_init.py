@@ -71,7 +71,7 @@ def _rules(
         return [_pieces_rule(name, "subwords", text, text, tokenizer) for text in texts]
     if init.startswith("copy:"):
         source = init.removeprefix("copy:")
-        old = existing_id(tokenizer, source)
+        old = existing_id(tokenizer, source, tokenizer.get_vocab())
         if old is None:
             raise ValueError(f"add_tokens: {name} must copy a token that the tokenizer has, got {source!r}")
         return [RowRule(f"copy of {source!r} ({old})", ids=(old,))] * len(texts)

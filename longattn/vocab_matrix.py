@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Matrices", "ModelState", "Part", "find_matrices", "grow"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# where a module keeps what is registered with it
+STORES = ("_parameters", "_buffers", "_modules")
 # what a module remembers of its matrix's size, besides the matrix
 SIZES = ("num_embeddings", "out_features", "padding_idx", "vocab_size")
 
@@ -68,11 +70,11 @@ class Matrices:
 
 def find_matrices(model: PreTrainedModel) -> Matrices:
     """Find a model's embedding matrices and check that rows can be added to them."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _check_matrix("input", embedding, (nn.Embedding,))
-    if head is None:
+    embedding: nn.Embedding = _checked("input", model.get_input_embeddings(), (nn.Embedding,))
+    found = model.get_output_embeddings()
+    if found is None:
         return Matrices(embedding, None, tied=False)
-    _check_matrix("output", head, (nn.Linear, nn.Embedding))
+    head: nn.Linear | nn.Embedding = _checked("output", found, (nn.Linear, nn.Embedding))
     rows, head_rows = embedding.weight.shape[0], head.weight.shape[0]
     if rows != head_rows:
         raise ValueError(
@@ -88,14 +90,14 @@ def find_matrices(model: PreTrainedModel) -> Matrices:
     return Matrices(embedding, head, tied)
 
 
-def _check_matrix(name: str, module: object, kinds: tuple[type, ...]) -> None:
+def _checked(name: str, module: object, kinds: tuple[type[nn.Module], ...]) -> Any:
+    """An embedding, if it is one of `kinds` and holds plain numbers."""
     if not isinstance(module, kinds):
         expected = " or ".join(f"nn.{kind.__name__}" for kind in kinds)
         raise TypeError(
             f"add_tokens: model must have an {expected} as its {name} embedding, got {type(module).__name__}; "
-            "tokens come before adapters"
+            "add tokens before adapters"
         )
-    assert isinstance(module, nn.Module)
     weight = module.get_parameter("weight")
     if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise TypeError(
@@ -104,9 +106,10 @@ def _check_matrix(name: str, module: object, kinds: tuple[type, ...]) -> None:
         )
     if weight.is_meta:
         raise ValueError(f"add_tokens: model must have real values in its {name} embedding, got the meta device")
+    return module
 
 
-def _would_be_tied(model: PreTrainedModel, weight: nn.Parameter, head: nn.Parameter) -> bool:
+def _would_be_tied(model: PreTrainedModel, weight: Tensor, head: Tensor) -> bool:
     """Whether transformers, which ties again whenever it resizes, would make one matrix of two."""
     names = model.get_expanded_tied_weights_keys(all_submodels=True).items()
     pairs = ({id(model.get_parameter_or_buffer(a)), id(model.get_parameter_or_buffer(b))} for a, b in names)
@@ -153,7 +156,7 @@ class ModelState:
 
     def __init__(self, model: PreTrainedModel, matrices: Matrices, ids: Sequence[int]) -> None:
         self._modules = [
-            (module, dict(module._parameters), dict(module._buffers), dict(module._modules), _sizes(module))
+            (module, {store: dict(vars(module)[store]) for store in STORES}, _sizes(module))
             for module in model.modules()
         ]
         self._data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
@@ -167,10 +170,10 @@ class ModelState:
 
     def restore(self) -> None:
         """Put everything back: modules, parameters and their values, gradients, sizes, configs."""
-        for module, parameters, buffers, modules, sizes in self._modules:
-            for held, old in ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules)):
-                held.clear()
-                held.update(old)
+        for module, stores, sizes in self._modules:
+            for store, held in stores.items():
+                vars(module)[store].clear()
+                vars(module)[store].update(held)
             for name in _sizes(module):
                 delattr(module, name)
             vars(module).update(sizes)

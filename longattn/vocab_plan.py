@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longattn.vocab_init import OldRows, RowRule
 from longattn.vocab_matrix import Matrices, ModelState, Part, find_matrices, grow
-from longattn.vocab_tokens import NewToken, add_to, replace_contents
+from longattn.vocab_tokens import NewToken, add_to, replace_contents, role_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ class TokenPlan:
             grow(self.model, matrices, report.rows[1])
         for new in self._new_rows:
             new.part.write([*report.ids.values(), *report.padding_rows], new.rows, new.biases)
-        old_roles = {role: getattr(self.tokenizer, f"{role}_id") for role in report.roles if _has(self.tokenizer, role)}
+        old_roles = role_ids(self.tokenizer, list(report.roles))
         add_to(self.tokenizer, self._tokens)
         vocab = self.tokenizer.get_vocab()
         if any(vocab.get(text) != new for text, new in report.ids.items()):
@@ -159,10 +159,6 @@ class TokenPlan:
         self._before = None
         state.restore()
         replace_contents(self.tokenizer, tokenizer)
-
-
-def _has(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
-    return role in tokenizer.special_tokens_map
 
 
 def _set_role_id(model: PreTrainedModel, role: str, old: int | None, new: int) -> None:

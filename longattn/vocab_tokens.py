@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,16 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EXTRA", "NewToken", "add_to", "existing_id", "new_tokens", "old_pieces", "replace_contents", "stage"]
+__all__ = [
+    "NewToken",
+    "add_to",
+    "existing_id",
+    "new_tokens",
+    "old_pieces",
+    "replace_contents",
+    "role_ids",
+    "stage",
+]
 
 EXTRA = "extra_special_tokens"
 # the text around a token in which it must be found again; spaces, because tokens can be asked to match whole words only
@@ -99,9 +107,9 @@ def old_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [int(i) for i in ids if i != unknown]
 
 
-def existing_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+def existing_id(tokenizer: PreTrainedTokenizerBase, text: str, vocab: Mapping[str, int]) -> int | None:
     """The id of a text that is one token already: an entry of the vocabulary, or its only piece, equal when decoded."""
-    known = tokenizer.get_vocab().get(text)
+    known = vocab.get(text)
     if known is not None:
         return known
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -117,7 +125,8 @@ def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> No
     if plain:
         tokenizer.add_tokens(plain)
         return
-    named: dict[str, AddedToken | list[AddedToken]] = {t.role: added for t, added in fresh if t.role is not None}
+    named: dict[str, str | AddedToken | Sequence[str | AddedToken]] = {}
+    named.update({token.role: added for token, added in fresh if token.role is not None})
     extra = [added for token, added in fresh if token.role is None]
     if extra:
         named[EXTRA] = extra
@@ -130,7 +139,7 @@ def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> No
 def stage(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> list[int]:
     """Add tokens to a scratch copy of their tokenizer and see that each is read back; gives their ids."""
     old_ids = set(tokenizer.get_vocab().values())
-    old_roles = {t.role: tokenizer.convert_tokens_to_ids(name) for t in tokens if (name := _holder(tokenizer, t.role))}
+    old_roles = role_ids(tokenizer, [token.role for token in tokens if token.role is not None])
     add_to(tokenizer, tokens)
     vocab = tokenizer.get_vocab()
     ids = []
@@ -147,10 +156,10 @@ def stage(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> lis
     return ids
 
 
-def _holder(tokenizer: PreTrainedTokenizerBase, role: str | None) -> str | None:
-    """The token that a role has now."""
-    token = None if role is None else tokenizer.special_tokens_map.get(role)
-    return None if token is None else str(token)
+def role_ids(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> dict[str, int]:
+    """The ids of the tokens that have these roles now; roles that no token has are left out."""
+    vocab, held = tokenizer.get_vocab(), tokenizer.special_tokens_map
+    return {role: vocab[held[role]] for role in roles if held.get(role) in vocab}
 
 
 def _check_read_back(tokenizer: PreTrainedTokenizerBase, text: str, expected: int) -> None:
@@ -169,12 +178,10 @@ def _check_read_back(tokenizer: PreTrainedTokenizerBase, text: str, expected: in
             )
 
 
-def _check_roles(tokenizer: PreTrainedTokenizerBase, old_roles: Mapping[str | None, int]) -> None:
+def _check_roles(tokenizer: PreTrainedTokenizerBase, old_roles: Mapping[str, int]) -> None:
     """The tokens that the tokenizer puts around every text must be those that have the roles."""
     around = tokenizer("")["input_ids"]
-    held = {
-        tokenizer.convert_tokens_to_ids(str(t)) for role, t in tokenizer.special_tokens_map.items() if role != EXTRA
-    }
+    held = role_ids(tokenizer, tokenizer.SPECIAL_TOKENS_ATTRIBUTES).values()
     for role, old in old_roles.items():
         if old in around and old not in held:
             raise ValueError(
@@ -185,6 +192,5 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, old_roles: Mapping[str | No
 
 def replace_contents(tokenizer: PreTrainedTokenizerBase, by: PreTrainedTokenizerBase) -> None:
     """Make a tokenizer what a copy of it was; tokenizers can't forget a token in place."""
-    contents = dict(vars(by))
     vars(tokenizer).clear()
-    vars(tokenizer).update(copy.copy(contents))
+    vars(tokenizer).update(vars(by))
