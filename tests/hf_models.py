@@ -1,4 +1,4 @@
-"""Tiny models of the served families, and the same models under transformers' eager attention with masks from the definition."""
+"""Tiny models of the served families, and the same under stock eager attention with masks from the definition."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from reference import half_shifts, visible_mask
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -14,6 +15,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -54,6 +56,15 @@ def build(family: str, dtype: torch.dtype = torch.float64, **fields) -> PreTrain
 FAMILIES = ("llama", "mistral", "qwen2")
 
 
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w56 between spaces, ids below VOCAB, and a length that follows the models'."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(57)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -81,6 +92,12 @@ def under_eager(model: PreTrainedModel, patterns: Sequence[Pattern]) -> PreTrain
     stock.set_attn_implementation("eager")
     stock.reference_patterns = list(patterns)
     return stock
+
+
+def assert_agree(got: Tensor, ref: Tensor, where: object = "") -> None:
+    """Hold float64 logits to the error of a float32 softmax, which is what eager attention takes."""
+    error = float((got - ref).norm() / ref.norm())
+    assert error < 2e-6, f"{where}: relative error {error:.1e}"
 
 
 def masked(stock: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None, **rows) -> Tensor:

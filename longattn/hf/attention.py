@@ -35,6 +35,7 @@ def longattn_attention(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the pattern that the plan gives to this layer.
@@ -51,22 +52,17 @@ def longattn_attention(
         raise ValueError(
             f"longattn: attention_dropout must be 0.0 in training, got {dropout}; set config.attention_dropout"
         )
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError("longattn: every pattern is causal, got is_causal=False")
     pattern = pattern_now(module)
-    seen = _seen.get()
+    seen = None if torch.compiler.is_compiling() else _seen.get()
     if seen is not None:
         seen.append((module, pattern))
     batch, _, sq, _ = query.shape
     kv_start, kv_end = row_bounds(attention_mask, batch)
     shared: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
-    cu_seqlens = _documents(
-        position_ids,
-        cu_seq_lens_q,
-        cu_seq_lens_k,
-        batch,
-        sq,
-        key.shape[2],
-        attention_mask,
-    )
+    sk = key.shape[2]
+    cu_seqlens = _documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, batch, sq, sk, attention_mask)
     if cu_seqlens is None:
         out = pattern.attend(query, key, value, kv_start=kv_start, kv_end=kv_end, **shared)
         return out.transpose(1, 2), None

@@ -154,9 +154,7 @@ def _is_bounds(mask: Tensor | None, batch_size: int) -> bool:
 
 
 def _may_read(values: Tensor) -> bool:
-    """Whether the host may read a tensor's values."""
-    return (
-        not torch.compiler.is_compiling()
-        and values.device.type != "meta"
-        and (values.device.type == "cpu" or debugging())
-    )
+    """Whether the host may read a tensor's values: those of plain CPU tensors, and of any device's when debugging."""
+    if torch.compiler.is_compiling() or type(values) is not Tensor or values.device.type == "meta":
+        return False
+    return values.device.type == "cpu" or debugging()
