@@ -43,7 +43,9 @@ class Pattern:
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise ValueError(f"Pattern: {name} must be an int >= 0, got {number!r}")
         if self.kind == "full" and (self.size or self.shift or self.sinks):
-            raise ValueError(f"Pattern: 'full' takes no size, shift or sinks, got {self.size}, {self.shift}, {self.sinks}")
+            raise ValueError(
+                f"Pattern: 'full' takes no size, shift or sinks, got {self.size}, {self.shift}, {self.sinks}"
+            )
         if self.kind != "full" and self.size < 1:
             raise ValueError(f"Pattern: a {self.kind} must hold at least 1 token, got {self.size}")
         if self.shift and self.kind != "group":
@@ -184,7 +186,9 @@ def parse_patterns(patterns: str | Sequence[str], num_layers: int) -> list[Patte
     for term in patterns.split(","):
         match = _TERM.match(term)
         if match is None:
-            raise ValueError(f"attention must be patterns separated by commas, each with an optional count, got {patterns!r}")
+            raise ValueError(
+                f"attention must be patterns separated by commas, each with an optional count, got {patterns!r}"
+            )
         count = 1 if match[1] is None else int(match[1])
         if count < 1:
             raise ValueError(f"attention: a count must be at least 1, got {term.strip()!r}")

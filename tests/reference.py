@@ -7,7 +7,7 @@ code with the package.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,7 +80,10 @@ def dense(
     sink_logits: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention in `dtype`: (out (B, Hq, Sq, D), lse (B, Hq, Sq)); rows that see nothing give 0 and their sink logit."""
+    """Dense attention in `dtype`: (out (B, Hq, Sq, D), lse (B, Hq, Sq)); rows that see nothing give 0 and their sink logit.
+
+    sink_logits is (Hq,), or (B, Hq, Sq) where the gradient of each row's is wanted.
+    """
     q, k, v = (x.to(dtype) for x in (query, key, value))
     group = q.shape[1] // max(1, k.shape[1])
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -89,7 +92,8 @@ def dense(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~mask, -math.inf)
     if sink_logits is not None:
-        column = sink_logits.to(dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
+        column = sink_logits.to(dtype)
+        column = (column[None, :, None] if column.dim() == 1 else column)[..., None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column], dim=-1)
     empty = (logits == -math.inf).all(-1)
     safe = logits.masked_fill(empty[..., None], 0.0)
@@ -108,24 +112,95 @@ def assert_close(
     ref: Tensor,
     dense_error: float = 0.0,
     *,
+    floor: float | None = None,
     grad_value: Tensor | None = None,
-    scale: float = 1.0,
-    head_dim: int = 1,
+    logit_norm: float = 1.0,
+    norm: float | None = None,
 ) -> None:
     """Hold `got` to the project's tolerance: max(2 x dense's error, f x norm(ref), and for gradients a rounding floor).
 
-    `dense_error` is the error of the same maths done densely in the input dtype. Where the true gradient is zero,
-    `grad_value` (the float64 gradient of the values) sets the size that rounding may have.
+    Args:
+        dense_error: the error of the same maths done densely in the input dtype.
+        floor: f, where the inputs' dtype is not the result's.
+        grad_value: the float64 gradient of the values: where the true gradient is zero, rounding remains in proportion to
+            its root mean square, taken over the keys that are seen (the others get exact zeros).
+        logit_norm: max(1, scale x sqrt(D)).
+        norm: of the terms that `ref` is the sum of, where those may cancel.
     """
     assert got.shape == ref.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref.shape)}"
     assert not torch.isnan(got).any(), f"{name}: NaN"
     infinite = torch.isinf(ref)
     assert torch.equal(torch.isinf(got), infinite), f"{name}: infinities differ"
     got, ref = got.masked_fill(infinite, 0.0), ref.masked_fill(infinite, 0.0)
-    floor = FLOOR[got.dtype]
-    bound = max(2 * dense_error, floor * float(ref.double().norm()))
-    if grad_value is not None and grad_value.numel():
-        rms = float(grad_value.double().square().mean().sqrt())
-        bound = max(bound, floor * max(1.0, scale * math.sqrt(head_dim)) * rms * math.sqrt(got.numel()))
+    floor = FLOOR[got.dtype] if floor is None else floor
+    bound = max(2 * dense_error, floor * (float(ref.double().norm()) if norm is None else norm))
+    if grad_value is not None:
+        seen = grad_value[grad_value.abs().sum(-1) > 0]
+        rms = float(seen.square().mean().sqrt()) if seen.numel() else 0.0
+        bound = max(bound, floor * logit_norm * rms * math.sqrt(got.numel()))
     found = error(got, ref)
     assert found <= bound, f"{name}: error {found:.3e} exceeds {bound:.3e} ({got.dtype}, norm {float(ref.norm()):.3e})"
+
+
+def finite(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.isinf(x), 0.0)
+
+
+def check_against_dense(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    use_lse: bool = False,
+    seed: int = 0,
+) -> None:
+    """Compare attend(query, key, value, sink_logits) -> (out, lse), and all its gradients, with the dense reference."""
+    dtype = query.dtype
+    leaves = [x.detach().requires_grad_() for x in (query, key, value, *([] if sink_logits is None else [sink_logits]))]
+    out, lse = attend(*leaves, *([None] if sink_logits is None else []))
+    generator = torch.Generator().manual_seed(seed)
+    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator).masked_fill(torch.isinf(lse), 0.0) * float(use_lse)
+
+    def grads(out: Tensor, lse: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        loss = (out.double() * grad_out.double()).sum()
+        loss = loss + (finite(lse).double() * grad_lse.double()).sum() if use_lse else loss
+        return torch.autograd.grad(loss, inputs)
+
+    got = grads(out, lse, leaves)
+
+    def run_dense(in_dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        inputs = [x.detach().to(in_dtype).requires_grad_() for x in leaves[:3]]
+        sinks = None
+        if sink_logits is not None:
+            rows = sink_logits.detach().to(in_dtype)[None, :, None].expand(lse.shape).contiguous()
+            inputs.append(rows.requires_grad_())
+            sinks = inputs[3]
+        o, m = dense(*inputs[:3], mask, scale=scale, softcap=softcap, sink_logits=sinks, dtype=in_dtype)
+        return o.detach(), m.detach(), grads(o, m, inputs)
+
+    ref_out, ref_lse, ref = run_dense(torch.float64)
+    low_out, low_lse, low = run_dense(dtype)
+    floor = FLOOR[dtype]
+    assert_close("out", out.detach(), ref_out, error(low_out, ref_out))
+    low_error = error(finite(low_lse), finite(ref_lse))
+    rows = math.sqrt(lse.numel())
+    assert_close("lse", lse.detach(), ref_lse, low_error, floor=floor, norm=max(rows, float(finite(ref_lse).norm())))
+    head_dim = query.shape[-1]
+    shared = dict(grad_value=ref[2], logit_norm=max(1.0, (scale or head_dim**-0.5) * math.sqrt(head_dim)))
+    for name, a, b, c in zip(("grad_query", "grad_key", "grad_value"), got, ref, low, strict=False):
+        assert a.dtype == dtype, f"{name}: {a.dtype}"
+        assert_close(name, a, b, error(c, b), floor=floor, **shared)
+    if sink_logits is not None:
+        weight = (sink_logits.double()[None, :, None] - finite(ref_lse)).exp()
+        terms = weight[..., None] * grad_out.double() * ref_out
+        total = ref[3].sum((0, 2))
+        assert got[3].dtype == sink_logits.dtype
+        floor = max(floor, FLOOR[sink_logits.dtype])
+        low_error = error(low[3].double().sum((0, 2)), total)
+        assert_close("grad_sink_logits", got[3], total, low_error, floor=floor, norm=float(terms.norm()), **shared)

@@ -1,0 +1,58 @@
+"""Change a pretrained decoder-only language model's structure: longer text, fewer keys a query, new tokens.
+
+`longattn.extend` changes a transformers model, `longattn.window_attention`, `group_attention` and `apply_rope` are the ops
+behind it (also `torch.ops.longattn.*`). This import costs no more than torch; what needs transformers is loaded on use.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from longattn.ops.apply_rope import apply_rope
+from longattn.ops.dispatch import debug, force, which
+from longattn.ops.group_attention import group_attention
+from longattn.ops.window_attention import window_attention
+from longattn.rope import rope_cos_sin, rope_frequencies
+
+if TYPE_CHECKING:
+    from longattn.info import build_info
+    from longattn.plan import Plan
+    from longattn.surgery import extend, restore
+    from longattn.vocab import add_tokens
+
+__all__ = [
+    "Plan",
+    "add_tokens",
+    "apply_rope",
+    "build_info",
+    "debug",
+    "extend",
+    "force",
+    "group_attention",
+    "restore",
+    "rope_cos_sin",
+    "rope_frequencies",
+    "which",
+    "window_attention",
+]
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Plan": "longattn.plan",
+    "add_tokens": "longattn.vocab",
+    "build_info": "longattn.info",
+    "extend": "longattn.surgery",
+    "restore": "longattn.surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'longattn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+if "transformers.modeling_utils" in sys.modules:
+    importlib.import_module("longattn.hf")
