@@ -26,12 +26,14 @@ longattn::cpu::RopeTensor rope_tensor(const Tensor& x, Tensor& out, const Tensor
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == query.scalar_type(),
                   "apply_rope: query and key must be (B, H, S, D) of one dtype");
   for (const int dim : {0, 2, 3})
-    STD_TORCH_CHECK(x.size(dim) == query.size(dim), "apply_rope: key must have query's B, S and D, got another size in dim ",
-                    dim);
-  STD_TORCH_CHECK(out.dim() == 4 && out.scalar_type() == x.scalar_type(), "apply_rope: an output must be like its input");
+    STD_TORCH_CHECK(x.size(dim) == query.size(dim),
+                    "apply_rope: key must have query's B, S and D, got another size in dim ", dim);
+  STD_TORCH_CHECK(out.dim() == 4 && out.scalar_type() == x.scalar_type(),
+                  "apply_rope: an output must be like its input");
   for (int dim = 0; dim < 4; ++dim)
     STD_TORCH_CHECK(out.size(dim) == x.size(dim), "apply_rope: an output must have its input's shape");
-  STD_TORCH_CHECK(x.size(3) <= 1 || (x.stride(3) == 1 && out.stride(3) == 1), "apply_rope: channels must be contiguous");
+  STD_TORCH_CHECK(x.size(3) <= 1 || (x.stride(3) == 1 && out.stride(3) == 1),
+                  "apply_rope: channels must be contiguous");
   return {x.const_data_ptr(),
           out.mutable_data_ptr(),
           x.size(1),

@@ -37,38 +37,48 @@ LONGATTN_INLINE void store(uint16_t* out, float x) {
   *out = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
-// One row of `half` pairs: first pairs are x[step * i] and x[step * i + gap].
+// One row of `half` pairs (a[i], b[i]), kStep elements apart.
 template <typename T, int kStep>
-LONGATTN_INLINE void rotate(const T* __restrict__ x, T* __restrict__ out, const float* __restrict__ cos,
-                            const float* __restrict__ sin, int64_t half, int64_t gap, float sign) {
+LONGATTN_INLINE void rotate(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out_a,
+                            T* __restrict__ out_b, const float* __restrict__ cos, const float* __restrict__ sin,
+                            int64_t half, float sign) {
   for (int64_t i = 0; i < half; ++i) {
-    const float a = load(x[kStep * i]), b = load(x[kStep * i + gap]);
+    const float x = load(a[kStep * i]), y = load(b[kStep * i]);
     const float c = cos[i], s = sign * sin[i];
-    store(out + kStep * i, a * c - b * s);
-    store(out + kStep * i + gap, b * c + a * s);
+    store(out_a + kStep * i, x * c - y * s);
+    store(out_b + kStep * i, y * c + x * s);
   }
+}
+
+template <typename T, bool kInterleaved>
+LONGATTN_INLINE void rotate_row(const void* x, void* out, const float* cos, const float* sin, int64_t half,
+                                float sign) {
+  const T* a = static_cast<const T*>(x);
+  T* out_a = static_cast<T*>(out);
+  const int64_t gap = kInterleaved ? 1 : half;
+  rotate<T, kInterleaved ? 2 : 1>(a, a + gap, out_a, out_a + gap, cos, sin, half, sign);
 }
 
 using Row = void (*)(const void*, void*, const float*, const float*, int64_t half, float sign);
 
 LONGATTN_CLONES void half_split_float32(const void* x, void* out, const float* cos, const float* sin, int64_t half,
                                         float sign) {
-  rotate<float, 1>(static_cast<const float*>(x), static_cast<float*>(out), cos, sin, half, half, sign);
+  rotate_row<float, false>(x, out, cos, sin, half, sign);
 }
 
 LONGATTN_CLONES void interleaved_float32(const void* x, void* out, const float* cos, const float* sin, int64_t half,
                                          float sign) {
-  rotate<float, 2>(static_cast<const float*>(x), static_cast<float*>(out), cos, sin, half, 1, sign);
+  rotate_row<float, true>(x, out, cos, sin, half, sign);
 }
 
 LONGATTN_CLONES void half_split_bfloat16(const void* x, void* out, const float* cos, const float* sin, int64_t half,
                                          float sign) {
-  rotate<uint16_t, 1>(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out), cos, sin, half, half, sign);
+  rotate_row<uint16_t, false>(x, out, cos, sin, half, sign);
 }
 
 LONGATTN_CLONES void interleaved_bfloat16(const void* x, void* out, const float* cos, const float* sin, int64_t half,
                                           float sign) {
-  rotate<uint16_t, 2>(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out), cos, sin, half, 1, sign);
+  rotate_row<uint16_t, true>(x, out, cos, sin, half, sign);
 }
 
 struct Job {
@@ -76,7 +86,7 @@ struct Job {
   Row row;
   int64_t element_size;  // bytes
 
-  void rotate_row(const RopeTensor& t, int64_t b, int64_t h, int64_t s) const {
+  void rotate_token(const RopeTensor& t, int64_t b, int64_t h, int64_t s) const {
     const int64_t from = b * t.x_stride[0] + h * t.x_stride[1] + s * t.x_stride[2];
     const int64_t to = b * t.out_stride[0] + h * t.out_stride[1] + s * t.out_stride[2];
     const char* x = static_cast<const char*>(t.x) + from * element_size;
@@ -93,10 +103,10 @@ struct Job {
     for (const RopeTensor& t : p.tensors) {
       if (t.x_stride[1] < t.x_stride[2]) {
         for (int64_t s = begin; s < end; ++s)
-          for (int64_t h = 0; h < t.heads; ++h) rotate_row(t, b, h, s);
+          for (int64_t h = 0; h < t.heads; ++h) rotate_token(t, b, h, s);
       } else {
         for (int64_t h = 0; h < t.heads; ++h)
-          for (int64_t s = begin; s < end; ++s) rotate_row(t, b, h, s);
+          for (int64_t s = begin; s < end; ++s) rotate_token(t, b, h, s);
       }
     }
   }
