@@ -18,6 +18,7 @@ __all__ = [
     "TOKENIZER_CONFIG",
     "check_shapes",
     "files_beside_weights",
+    "load_config",
     "load_tokenizer",
     "materialise_embeddings",
     "model_without_weights",
@@ -67,15 +68,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(source: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"extend: SRC {source} has no config.json, so it is no transformers checkpoint")
     fields = read_json(source / "config.json")
     if fields.get("quantization_config"):
         method = fields["quantization_config"].get("quant_method", "unknown method")
         raise ValueError(f"extend: SRC {source} is quantised ({method}); extend the original, then quantise the result")
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return load_config(source, "extend")
+
+
+def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
+    """Read the config of a folder or of a model on the Hub.
+
+    Raises:
+        OSError: there is none, or it can't be fetched.
+        ValueError: transformers refuses what it says.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(src, trust_remote_code=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"{caller}: the config of SRC {src} can't be read: {reason}") from error
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{caller}: transformers refuses the config of SRC {src}: {reason}") from error
 
 
 def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedModel:

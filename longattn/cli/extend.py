@@ -1,0 +1,107 @@
+"""`longattn extend SRC DST`: reads flags, changes a checkpoint, shows progress and what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from longattn.cli.plan_flags import (
+    AddToken,
+    Attention,
+    Context,
+    Factor,
+    PadToMultipleOf,
+    Plain,
+    PlanFile,
+    RopeEntry,
+    RopeType,
+    TokenInit,
+    TokenOutputInit,
+    TrainAttention,
+    errors_in_one_line,
+    plan_of_flags,
+)
+
+__all__ = ["extend"]
+
+
+def extend(
+    src: Annotated[str, typer.Argument(help="A checkpoint's folder, or the id of a model on the Hub.")],
+    dst: Annotated[Path | None, typer.Argument(help="The folder to write; it must not exist.")] = None,
+    plan: PlanFile = None,
+    rope_type: RopeType = None,
+    factor: Factor = None,
+    rope: RopeEntry = None,
+    context: Context = None,
+    attention: Attention = None,
+    train_attention: TrainAttention = None,
+    add_token: AddToken = None,
+    token_init: TokenInit = None,
+    token_output_init: TokenOutputInit = None,
+    plain: Plain = False,
+    pad_to_multiple_of: PadToMultipleOf = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change and write nothing.")] = False,
+) -> None:
+    """Change a checkpoint's rotary embedding, length, attention or tokens, and write the new one to DST."""
+    with errors_in_one_line("extend"):
+        wanted = plan_of_flags(
+            plan_file=plan,
+            rope_type=rope_type,
+            factor=factor,
+            rope=rope,
+            context=context,
+            attention=attention,
+            train_attention=train_attention,
+            add_token=add_token,
+            token_init=token_init,
+            token_output_init=token_output_init,
+            plain=plain,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        if wanted is None:
+            raise ValueError(
+                "say what to change: --plan, --rope-type, --factor, --context, --attention, --add-token, ..."
+            )
+        from longattn.checkpoint import extend_checkpoint, preview_checkpoint
+
+        if dry_run:
+            typer.echo(str(preview_checkpoint(src, wanted)))
+            return
+        if dst is None:
+            raise ValueError("DST is missing; give the folder to write, or --dry-run")
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            report = extend_checkpoint(src, dst, wanted, progress=_shown_on(bar))
+        typer.echo(str(report))
+        typer.echo(f"wrote {dst}")
+
+
+def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
+    """The task is added with the first bytes, so that an error before them shows no bar."""
+    tasks: list[TaskID] = []
+
+    def update(name: str, done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task(name, total=total))
+        bar.update(tasks[0], description=name, completed=done)
+
+    return update

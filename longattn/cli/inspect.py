@@ -1,0 +1,140 @@
+"""`longattn inspect SRC`: a checkpoint's structure, layer by layer, and its costs, before and after a plan."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import groupby
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longattn.cli.plan_flags import (
+    Attention,
+    Factor,
+    PlanFile,
+    RopeEntry,
+    RopeType,
+    TrainAttention,
+    errors_in_one_line,
+    plan_of_flags,
+)
+from longattn.structure import LayerStructure, Structure, inspect_checkpoint
+
+__all__ = ["inspect"]
+
+WIDTH = 120  # of a table that goes to a file or a pipe, where rich would assume 80
+
+
+def inspect(
+    src: Annotated[str, typer.Argument(help="A checkpoint's folder, or the id of a model on the Hub.")],
+    context: Annotated[
+        int | None,
+        typer.Option(help="The length to compute costs at; with --rope-type also the plan's. (default: the model's)"),
+    ] = None,
+    plan: PlanFile = None,
+    rope_type: RopeType = None,
+    factor: Factor = None,
+    rope: RopeEntry = None,
+    attention: Attention = None,
+    train_attention: TrainAttention = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a checkpoint's structure and what it costs at a length, before and after a plan."""
+    with errors_in_one_line("inspect"):
+        needs_length = (rope_type is not None or bool(rope)) and factor is None
+        wanted = plan_of_flags(
+            plan_file=plan,
+            rope_type=rope_type,
+            factor=factor,
+            rope=rope,
+            context=context if needs_length and plan is None else None,
+            attention=attention,
+            train_attention=train_attention,
+        )
+        before, after = inspect_checkpoint(src, context=context, plan=wanted)
+        if as_json:
+            output = {"before": before.to_dict(), "after": None if after is None else after.to_dict()}
+            typer.echo(json.dumps(output, indent=2))
+            return
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
+        console.print(_layers(before, "layers" if after is None else "layers before"))
+        if after is not None:
+            console.print(_layers(after, "layers after"))
+        console.print(_costs(before, after))
+
+
+def _layers(structure: Structure, title: str) -> Table:
+    """A row for each run of equal layers."""
+    heading = f"{title}: {structure.model_type}, {structure.max_position_embeddings:,} positions"
+    table = Table(title=heading, title_justify="left")
+    for column in ("layers", "attention", "in training", "rope", "wavelengths (tokens)", "heads", "cached tokens"):
+        table.add_column(column)
+    first = 0
+    for layer, run in groupby(structure.layers):
+        count = len(list(run))
+        numbers = str(first) if count == 1 else f"{first}-{first + count - 1}"
+        first += count
+        train = "as served" if layer.train_attention == layer.attention else layer.train_attention
+        table.add_row(
+            numbers,
+            layer.attention,
+            train,
+            layer.rope_type,
+            _wavelengths(layer),
+            _heads(layer),
+            f"{layer.cached_tokens:,}",
+        )
+    return table
+
+
+def _wavelengths(layer: LayerStructure) -> str:
+    shortest, longest = layer.wavelengths
+    return f"{shortest:.3g} to {'infinite' if math.isinf(longest) else f'{longest:,.0f}'}"
+
+
+def _heads(layer: LayerStructure) -> str:
+    return f"{layer.heads} of {layer.head_dim}, {layer.kv_heads} kv"
+
+
+def _costs(before: Structure, after: Structure | None) -> Table:
+    table = Table(title=f"one text of {before.context:,} tokens", title_justify="left")
+    table.add_column("cost")
+    for column in ["now"] if after is None else ["before", "after", "after / before"]:
+        table.add_column(column, justify="right")
+    rows = {
+        "KV cache": ("kv_cache_bytes", _bytes),
+        "attention, whole text": ("prefill_flops", _flops),
+        "attention, last token": ("decode_flops", _flops),
+        "activations, training": ("activation_bytes", _bytes),
+        "activations, training with checkpointing": ("checkpointed_bytes", _bytes),
+        "window mask of stock attention": ("stock_mask_bytes", _bytes),
+    }
+    for name, (field, text) in rows.items():
+        old = getattr(before.costs, field)
+        if after is None:
+            table.add_row(name, text(old))
+            continue
+        new = getattr(after.costs, field)
+        table.add_row(name, text(old), text(new), f"{new / old:.3g}" if old else "-")
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:,.4g} TiB"
+
+
+def _flops(number: float) -> str:
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:,.4g} PFLOP"
