@@ -44,7 +44,7 @@ def build(family: str, dtype: torch.dtype = torch.float64, **fields) -> PreTrain
     """A seeded model: Mistral with a window of 8 in all layers, Qwen2 with one of 8 in the last two."""
     torch.manual_seed(0)
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, **fields))
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields}))
     elif family == "mistral":
         model = MistralForCausalLM(MistralConfig(**SIZES, **{"sliding_window": 8, **fields}))
     else:
