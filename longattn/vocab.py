@@ -123,7 +123,7 @@ def prepare_tokens(
             raise ValueError(f"add_tokens: tokens must be new, got {token.text!r}, which has id {known}")
     texts = [token.text for token in named]
     rules = _read_rules(matrices, init, output_init, texts, scratch)
-    ids = stage(scratch, named)
+    ids = stage(scratch, named, old_ids)
     rows = -(-max(matrices.rows, max(ids) + 1) // multiple) * multiple
     padding = sorted(set(range(matrices.rows, rows)) - set(ids))
     filled = [make_rows(part, old_ids, rules[part.name], len(padding)) for part in matrices.parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,30 +128,36 @@ class OldRows:
     """
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None, token_ids: Sequence[int]) -> None:
-        self.name, self.weight, self.bias = (name, weight.detach(), None if bias is None else bias.detach())
-        has_token = torch.zeros(weight.shape[0], dtype=torch.bool)
-        has_token[torch.tensor(sorted(token_ids), dtype=torch.long)] = True
-        self._count(has_token)  # sets mean, std: (hidden,) float64; mean_bias: () float64
+        self.name = name
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self._has_token = torch.zeros(weight.shape[0], dtype=torch.bool)
+        self._has_token[torch.tensor(token_ids, dtype=torch.long)] = True
 
-    def _count(self, has_token: Tensor) -> None:
+    @functools.cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor, float]:
+        """Mean (hidden,) and standard deviation (hidden,) of the rows, and the mean of the bias."""
         hidden = self.weight.shape[1]
-        total, squares, count = (torch.zeros(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64), 0)
-        bias_total = 0.0
+        total = torch.zeros(hidden, dtype=torch.float64)
+        squares = torch.zeros(hidden, dtype=torch.float64)
+        bias_total, count = 0.0, 0
         for start in range(0, self.weight.shape[0], CHUNK_ROWS):
             here = slice(start, start + CHUNK_ROWS)
             chunk = self.weight[here].to("cpu", torch.float64)  # (rows here, hidden)
-            counted = has_token[here] & (chunk != 0).any(dim=1)  # (rows here,)
+            counted = self._has_token[here] & (chunk != 0).any(dim=1)  # (rows here,)
             chunk = chunk[counted]
-            total, squares, count = (total + chunk.sum(0), squares + chunk.square().sum(0), count + len(chunk))
+            total += chunk.sum(0)
+            squares += chunk.square().sum(0)
+            count += len(chunk)
             if self.bias is not None:
                 bias_total += float(self.bias[here].to("cpu", torch.float64)[counted].sum())
-        self.mean = total / max(count, 1)
-        self.std = (squares / max(count, 1) - self.mean.square()).clamp_min(0).sqrt()
-        self.mean_bias = bias_total / max(count, 1)
+        mean = total / max(count, 1)
+        return mean, (squares / max(count, 1) - mean.square()).clamp_min(0).sqrt(), bias_total / max(count, 1)
 
     def make(self, rules: Mapping[str, RowRule]) -> tuple[Tensor, Tensor | None]:
         """The rows (n, hidden) and biases (n,) of new tokens, in the matrix's dtype, on the CPU."""
-        rows, biases = [], []
+        rows: list[Tensor] = []
+        biases: list[float] = []
         old = None
         for text, rule in rules.items():
             if rule.function is not None:
@@ -161,12 +168,13 @@ class OldRows:
                 rows.append(rule.row.to("cpu", torch.float64))
             else:
                 rows.append(self._average(rule.ids))
-            biases.append(self._average_bias(rule.ids))
+            if self.bias is not None:
+                biases.append(self._average_bias(self.bias, rule.ids))
         made = torch.stack(rows).to(self.weight.dtype)  # (n, hidden)
         texts = list(rules)
-        means = [text for text in texts if rules[text].is_mean]
+        means = [i for i, rule in enumerate(rules.values()) if rule.is_mean]
         if means:
-            made[[texts.index(text) for text in means]] = self._distinct_means(means)
+            made[means] = self._distinct_means([texts[i] for i in means])
         bad = (~made.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -177,24 +185,28 @@ class OldRows:
 
     def padding(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Rows (count, hidden) and biases (count,) that no token has: the mean as it is."""
-        rows = self.mean.to(self.weight.dtype).repeat(count, 1)
-        return rows, None if self.bias is None else torch.full((count,), self.mean_bias, dtype=self.bias.dtype)
+        if count == 0:
+            return self.weight[:0].cpu(), None if self.bias is None else self.bias[:0].cpu()
+        mean, _, mean_bias = self._statistics
+        rows = mean.to(self.weight.dtype).repeat(count, 1)
+        return rows, None if self.bias is None else torch.full((count,), mean_bias, dtype=self.bias.dtype)
 
     def _average(self, ids: Sequence[int]) -> Tensor:
         if not ids:
-            return self.mean
+            return self._statistics[0]
         return self.weight[torch.tensor(ids, device=self.weight.device)].to("cpu", torch.float64).mean(0)  # (hidden,)
 
-    def _average_bias(self, ids: Sequence[int]) -> float:
-        if self.bias is None or not ids:
-            return self.mean_bias
-        return float(self.bias[torch.tensor(ids, device=self.bias.device)].to("cpu", torch.float64).mean())
+    def _average_bias(self, bias: Tensor, ids: Sequence[int]) -> float:
+        if not ids:
+            return self._statistics[2]
+        return float(bias[torch.tensor(ids, device=bias.device)].to("cpu", torch.float64).mean())
 
     def _distinct_means(self, texts: Sequence[str]) -> Tensor:
         """Mean rows with noise, doubled until they all differ in the matrix's dtype: (n, hidden)."""
-        noise = torch.stack([_noise(f"{self.name} {text}", len(self.mean)) for text in texts]) * self.std
+        mean, std, _ = self._statistics
+        noise = torch.stack([_noise(f"{self.name} {text}", len(mean)) for text in texts]) * std  # (n, hidden)
         for doubling in range(MAX_DOUBLINGS + 1):
-            rows = (self.mean + NOISE * 2**doubling * noise).to(self.weight.dtype)
+            rows = (mean + NOISE * 2**doubling * noise).to(self.weight.dtype)
             if len(rows.unique(dim=0)) == len(rows):
                 break
         return rows

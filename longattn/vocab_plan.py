@@ -125,7 +125,8 @@ class TokenPlan:
             raise RuntimeError("add_tokens: the model's embeddings were changed since prepare_tokens looked at them")
         if len(self.tokenizer) != report.tokenizer_size[0]:
             raise RuntimeError("add_tokens: the tokenizer was changed since prepare_tokens looked at it")
-        self._before = (ModelState(self.model, matrices, list(report.ids.values())), copy.deepcopy(self.tokenizer))
+        state = ModelState(self.model, matrices, list(report.ids.values()))
+        self._before = state, copy.deepcopy(self.tokenizer)
         try:
             self._apply(matrices)
         except BaseException:
@@ -141,8 +142,7 @@ class TokenPlan:
             new.part.write([*report.ids.values(), *report.padding_rows], new.rows, new.biases)
         old_roles = role_ids(self.tokenizer, list(report.roles))
         add_to(self.tokenizer, self._tokens)
-        vocab = self.tokenizer.get_vocab()
-        if any(vocab.get(text) != new for text, new in report.ids.items()):
+        if self.tokenizer.convert_tokens_to_ids(list(report.ids)) != list(report.ids.values()):
             raise RuntimeError("add_tokens: the tokenizer gave other ids than its copy did")
         for role, text in report.roles.items():
             _set_role_id(self.model, role, old_roles.get(role), report.ids[text])

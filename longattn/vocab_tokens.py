@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -136,19 +136,20 @@ def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> No
         tokenizer.update_post_processor()
 
 
-def stage(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> list[int]:
+def stage(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken], old_ids: Iterable[int]) -> list[int]:
     """Add tokens to a scratch copy of their tokenizer and see that each is read back; gives their ids."""
-    old_ids = set(tokenizer.get_vocab().values())
     old_roles = role_ids(tokenizer, [token.role for token in tokens if token.role is not None])
     add_to(tokenizer, tokens)
-    vocab = tokenizer.get_vocab()
+    taken = set(old_ids)
     ids = []
     for token in tokens:
-        new = vocab.get(token.text)
-        if new is None or new in old_ids or new in ids:
+        # a text that is not in the vocabulary gets None or the unknown token's id, which is taken
+        (new,) = _ids(tokenizer, [token.text])
+        if new is None or new in taken:
             raise ValueError(
                 f"add_tokens: tokens must get ids of their own from the tokenizer, got {new} for {token.text!r}"
             )
+        taken.add(new)
         ids.append(new)
     for token, new in zip(tokens, ids, strict=True):
         _check_read_back(tokenizer, token.text, new)
@@ -158,8 +159,14 @@ def stage(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[NewToken]) -> lis
 
 def role_ids(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> dict[str, int]:
     """The ids of the tokens that have these roles now; roles that no token has are left out."""
-    vocab, held = tokenizer.get_vocab(), tokenizer.special_tokens_map
-    return {role: vocab[held[role]] for role in roles if held.get(role) in vocab}
+    held = {role: token for role, token in tokenizer.special_tokens_map.items() if role in roles}
+    return dict(zip(held, _ids(tokenizer, list(held.values())), strict=True))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    ids = tokenizer.convert_tokens_to_ids(texts)
+    assert isinstance(ids, list)
+    return ids
 
 
 def _check_read_back(tokenizer: PreTrainedTokenizerBase, text: str, expected: int) -> None:

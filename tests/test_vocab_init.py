@@ -29,8 +29,16 @@ def test_mean_rows_are_near_the_mean_and_all_differ(family: str, dtype: torch.dt
         new = after[OLD_SIZE:]
         assert ((new.double() - before.double().mean(0)).abs() <= spread(before)).all()
         assert len(new.unique(dim=0)) == 64
-    if family != "llama_tied":
-        assert not torch.equal(input_rows(model)[OLD_SIZE:], output_rows(model)[OLD_SIZE:])
+
+
+def test_noise_of_input_and_output_rows_is_not_the_same() -> None:
+    model, tokenizer = make_model("llama", torch.float64), make_tokenizer()
+    old = input_rows(model), output_rows(model)
+    add_tokens(model, tokenizer, ["<a>"])
+    new = input_rows(model)[-1], output_rows(model)[-1]
+    drawn = [(row - rows.mean(0)) / rows.std(0, unbiased=False) / 0.02 for row, rows in zip(new, old, strict=True)]
+    assert all(0.5 < noise.square().mean().sqrt() < 1.5 for noise in drawn)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.5
 
 
 def test_mean_rows_differ_in_bfloat16_where_rows_hardly_do() -> None:
