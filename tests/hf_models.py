@@ -57,8 +57,8 @@ FAMILIES = ("llama", "mistral", "qwen2")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w56 between spaces, ids below VOCAB, and a length that follows the models'."""
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(57)}}
+    """Words w0 ... w60 between spaces, ids to VOCAB, and a length that follows the models'."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(61)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
