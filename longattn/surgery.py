@@ -60,10 +60,9 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     rope = _rope_fields(config, plan)
     attention = _planned_attention(config, family, plan, rope)
     tokens = _planned_tokens(model, tokenizer, plan)
-    new_ids = [] if tokens is None else list(tokens.report.ids.values())
     changes: list[Change] = []
     proofs: list[str] = []
-    with unchanged_on_error(model, tokenizer, new_ids):
+    with unchanged_on_error(model, tokenizer):
         _write_record(config, plan, {**rope, **({} if attention is None else attention.fields)})
         if rope:
             changes += _set_fields(config, rope)
@@ -73,10 +72,9 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
         if attention is not None:
             changes += _hook(model, family, attention)
             proofs.append(check_attention(model))
-        report = None if tokens is None else tokens.apply()
-        if report is not None:
-            proofs.append(check_tokens(model, tokenizer, report))
-    return Report(changes, report, proofs)
+        if tokens is not None:
+            proofs.append(_add(tokens))
+    return Report(changes, None if tokens is None else tokens.report, proofs)
 
 
 def restore(model: PreTrainedModel) -> Report:
@@ -184,6 +182,16 @@ def _planned_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     if tokenizer is None:
         raise ValueError("extend: tokenizer must be given where the plan adds tokens, got None")
     return prepare_tokens(model, tokenizer, **plan.tokens)
+
+
+def _add(tokens: TokenPlan) -> str:
+    """Add new tokens and look at them; gives what was seen."""
+    report = tokens.apply()
+    try:
+        return check_tokens(tokens.model, tokens.tokenizer, report)
+    except BaseException:
+        tokens.undo()
+        raise
 
 
 def _write_record(config: PreTrainedConfig, plan: Plan, fields: dict[str, Any]) -> None:

@@ -1,10 +1,9 @@
-"""Put a model and its tokenizer back as they were when a surgery on them fails."""
+"""Put a model back as it was when a surgery on it fails."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -12,34 +11,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longattn.hf.families import attention_modules
 from longattn.hf.rope import rotary_modules
-from longattn.vocab_matrix import ModelState, find_matrices
-from longattn.vocab_tokens import replace_contents
 
 __all__ = ["unchanged_on_error"]
 
 
 @contextlib.contextmanager
-def unchanged_on_error(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, token_ids: Sequence[int] = ()
-) -> Iterator[None]:
-    """Undo, on any error inside, what a surgery changes.
+def unchanged_on_error(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    """Undo, on any error inside, what a surgery changes; new tokens have an undo of their own.
 
     Configs, rotary modules and what modules copied out of the config are held by their attributes, which are replaced,
-    never changed in place. Embeddings and tokenizer are held only where `token_ids` are to be added.
+    never changed in place.
     """
     configs = [model.config, getattr(model, "generation_config", None)]
     fields = [(config, dict(vars(config))) for config in configs if config is not None]
     modules = [(module, dict(vars(module)), dict(module._buffers)) for module in _touched(model)]
-    embeddings = ModelState(model, find_matrices(model), token_ids) if token_ids else None
-    old_tokenizer = copy.deepcopy(tokenizer) if token_ids else None
     length = None if tokenizer is None else tokenizer.model_max_length
     try:
         yield
     except BaseException:
-        if embeddings is not None:
-            embeddings.restore()
-        if old_tokenizer is not None:
-            replace_contents(tokenizer, old_tokenizer)
         for module, attributes, buffers in modules:
             _replace(vars(module), attributes)
             _replace(module._buffers, buffers)
