@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longattn.ops.layout import empty_like_order
 from longattn.ops.rows import Segment
-from longattn.ops.scores import SLAB, Job, Part, accumulate_dtype, has_amx, is_low, narrow_rows, parts, slab_logits
+from longattn.ops.scores import SLAB, Job, Part, accumulate_dtype, is_fused, is_low, narrow_rows, parts, slab_logits
 from longattn.ops.tiles import Run, additive_mask
 from longattn.ops.views import Heads, key_view, query_view, slabs
 
@@ -34,10 +34,10 @@ def backward(
         grad_lse: (B, Hq, Sq), or None for zero.
     """
     grad_out, query, key, value, out, lse = inputs
-    fused = query.device.type == "cpu" and not job.softcap and grad_lse is None
+    fused = is_fused(query, job) and grad_lse is None
     dq, dk, dv = (empty_like_order(x).zero_() for x in (query, key, value))
     delta = None if fused and sink_logits is None else _delta(grad_out, out, grad_lse, lse.dtype)
-    for part in parts(job, query, key, _block_rows(query, fused)):
+    for part in parts(job, query, key, _block_rows(fused)):
         for few in _few_heads(part, query, key):
             _part_backward(few, inputs, None if fused else delta, (dq, dk, dv), job)
     if sink_logits is None or delta is None:
@@ -47,11 +47,9 @@ def backward(
     return dq, dk, dv, -(weight * delta).sum((0, 2)).to(sink_logits.dtype)
 
 
-def _block_rows(query: Tensor, fused: bool) -> int:
+def _block_rows(fused: bool) -> int:
     """Rows of a sliding tile: tall tiles overlap less, and what overlaps is added up outside the fused call."""
-    if not fused:
-        return 64
-    return 256 if is_low(query.dtype) and has_amx() else 128
+    return 192 if fused else 64
 
 
 def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -101,7 +99,7 @@ def _heads_of(x: Tensor, segment: Segment, heads: Heads) -> Tensor:
 def _fused(part: Part, run: Run, inputs: Inputs, dq: Tensor, sums: list[Tensor], job: Job) -> None:
     """One run through PyTorch's own CPU flash backward, some tiles at a time: it returns each tile's dK and dV apart."""
     query = inputs[1]
-    budget = max(query.shape[0] * query.shape[1] * query.shape[2] // 4, 1 << 13)  # rows of dq, dk and dv in a call
+    budget = max(query.shape[0] * query.shape[1] * query.shape[2], 1 << 17)  # rows of dq, dk and dv in a call
     most = max(1, budget // (part.heads.count * (run.rows + 2 * run.cols)))
     mask = additive_mask(run, query.dtype, query.device)
     segment, heads = part.segment, part.heads

@@ -6,11 +6,24 @@ import torch
 from torch import Tensor
 
 from longattn.ops.layout import empty_like_order
-from longattn.ops.scores import SLAB, Job, Part, accumulate_dtype, has_amx, is_low, narrow_rows, parts, slab_logits
+from longattn.ops.scores import (
+    SLAB,
+    Job,
+    Part,
+    accumulate_dtype,
+    has_amx,
+    is_fused,
+    is_low,
+    narrow_rows,
+    parts,
+    slab_logits,
+)
 from longattn.ops.tiles import Run, additive_mask
 from longattn.ops.views import key_view, query_view, slabs
 
 __all__ = ["forward"]
+
+PACKED_ROWS = 192  # from this many query rows on, the fused call may copy keys and values into packed form
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, job: Job, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -38,9 +51,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, job: Job, sink_logits: Te
 
 
 def _block_rows(query: Tensor, job: Job) -> int:
-    """Rows of a sliding tile: the fused call splits queries by 32, or by 64 with packed operands from 192 rows on."""
-    fused = query.device.type == "cpu" and not job.softcap
-    return 192 if fused and is_low(query.dtype) and has_amx() else 32
+    """Rows of a sliding tile: the fused call splits queries by 32; from 192 rows on by 64, and may pack keys for AMX."""
+    return 256 if is_fused(query, job) and is_low(query.dtype) and has_amx() else 32
 
 
 def _covers(work: list[Part], query: Tensor) -> bool:
@@ -53,10 +65,11 @@ def _covers(work: list[Part], query: Tensor) -> bool:
 
 
 def _pieces(run: Run, part: Part, query: Tensor) -> list[Run]:
-    """A run in pieces whose temporaries stay well below the output's size."""
+    """A run in pieces whose temporaries stay well below the output's size: few enough for long fused calls all the same."""
     heads = part.heads.count * (part.segment.batch[1] - part.segment.batch[0])
-    budget = max(query.shape[0] * query.shape[1] * query.shape[2] // 4, 1 << 14)  # rows of q and k
-    most = max(1, budget // (heads * (run.rows + run.cols)))
+    budget = max(query.shape[0] * query.shape[1] * query.shape[2] // 2, 1 << 16)  # rows of D elements
+    packed = 2 * run.cols if run.rows >= PACKED_ROWS and is_low(query.dtype) else 0
+    most = max(1, budget // (heads * (run.rows + packed)))
     if run.count > 1:
         return [run.tiles(t, min(most, run.count - t)) for t in range(0, run.count, most)]
     if run.prefix:
@@ -70,7 +83,7 @@ def _run_forward(
     segment, heads = part.segment, part.heads
     q, o, m = (query_view(x, segment.batch, heads, segment.query[0], run) for x in (query, out, lse))
     k, v = (key_view(x, segment.batch, heads, segment.key[0], run) for x in (key, value))
-    if query.device.type == "cpu" and not job.softcap:
+    if is_fused(query, job):
         sizes = q.shape[:3]
         shortest = min(range(3), key=lambda axis: sizes[axis])
         mask = additive_mask(run, query.dtype, query.device)
@@ -110,8 +123,9 @@ def _store(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, merge: 
 
 
 def _join_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
-    """One more logit a head in the denominator: out shrinks by exp(lse - total), in place."""
+    """One more logit a head in the denominator: out shrinks by exp(lse - total), in place, a head at a time."""
     total = torch.logaddexp(lse, sink_logits.to(lse.dtype)[None, :, None])
     shrink = lse.sub_(total.masked_fill(total == -torch.inf, 0.0)).exp_()
-    out.mul_(shrink[..., None].to(out.dtype))
+    for head in range(out.shape[1]):
+        out[:, head] = out[:, head] * shrink[:, head, :, None]
     lse.copy_(total)

@@ -12,7 +12,18 @@ from longattn.ops.rows import RowEnds, Rows, Segment, segments
 from longattn.ops.tiles import Run, additive_mask, make_runs
 from longattn.ops.views import Heads, head_sets
 
-__all__ = ["SLAB", "Job", "Part", "accumulate_dtype", "has_amx", "is_low", "narrow_rows", "parts", "slab_logits"]
+__all__ = [
+    "SLAB",
+    "Job",
+    "Part",
+    "accumulate_dtype",
+    "has_amx",
+    "is_fused",
+    "is_low",
+    "narrow_rows",
+    "parts",
+    "slab_logits",
+]
 
 SLAB = 1 << 18  # logits of a batched product: what a core's cache holds of them
 
@@ -53,6 +64,16 @@ def has_amx() -> bool:
     return bool(probe is not None and probe())
 
 
+def reads_values(device: torch.device) -> bool:
+    """Whether the host may read index tensors that lie there."""
+    return device.type == "cpu"
+
+
+def is_fused(query: Tensor, job: Job) -> bool:
+    """Whether PyTorch's own fused CPU attention serves the tiles; it has no soft cap."""
+    return query.device.type == "cpu" and not job.softcap
+
+
 def narrow_rows(run: Run) -> int:
     """Rows of a tile whose logits fit into a slab, 16 at least: fewer would leave the products too thin."""
     return max(16, min(128, SLAB // run.cols))
@@ -62,7 +83,9 @@ def parts(job: Job, query: Tensor, key: Tensor, block: int) -> list[Part]:
     """Cut the job for query (B, Hq, Sq, D) and key (B, Hkv, Sk, D) into parts, with `block` rows where a band slides."""
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
-    masked = job.rows.ragged and query.device.type != "cpu"
+    if query.numel() == 0 or key.numel() == 0:
+        return []
+    masked = job.rows.ragged and not reads_values(query.device)
     if masked:
         whole = Segment((0, batch), (0, num_queries), (0, num_keys), job.rows.query_start, job.rows.key_start)
         cut = [whole]
