@@ -65,7 +65,8 @@ class BuildPy(build_py):
         package = Path("longattn") if self.editable_mode else Path(self.build_lib, "longattn")
         package.joinpath("_build.json").write_text(json.dumps({"reason": REASON, "cuda": NO_CUDA}), encoding="utf-8")
         if MODE == "auto":
-            warnings.warn(f"longattn: compiled kernels not built: {REASON}" if REASON else f"longattn: CUDA: {NO_CUDA}")
+            missing = f"the compiled kernels: {REASON}" if REASON else f"CUDA kernels: {NO_CUDA}"
+            warnings.warn(f"longattn was built without {missing}", stacklevel=1)
 
 
 if MODE not in ("auto", "cuda", "cpu", "none"):

@@ -18,24 +18,28 @@ def build_info() -> dict[str, Any]:
     """Say what was compiled for what, or why nothing was.
 
     Returns:
-        A dict that JSON can hold: `longattn`, `python`, `torch`, `transformers` (versions, None where absent), `compiled`
-        (bool), `reason` (why nothing was compiled, or None), `error` (why the compiled module does not load, or None),
-        `built` (facts of the compiled module: torch and compiler it was built with, CPU targets, CUDA archs; or None).
+        A dict that JSON can hold: `longattn`, `python`, `torch`, `transformers` (versions, None where absent),
+        `compiled` (bool), `reason` (why nothing was compiled, or None), `error` (why the compiled module does not
+        load, or None), `built` (facts of the compiled module: torch and compiler it was built with, CPU targets, CUDA
+        archs; or None), `no_cuda` (why no CUDA kernels were compiled, or None).
 
     Example:
         >>> build_info()["compiled"] in (True, False)
         True
     """
     module, error = dispatch.compiled_module(), dispatch.compiled_error()
+    built = module.build_info() if module is not None else None
+    note = dispatch.build_note()
     return {
         "longattn": _version("longattn"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "compiled": module is not None,
-        "reason": None if module is not None or error is not None else dispatch.build_reason(),
+        "reason": None if module is not None or error is not None else note["reason"],
         "error": error,
-        "built": module.build_info() if module is not None else None,
+        "built": built,
+        "no_cuda": None if built is not None and built["cuda"] else note["cuda"],
     }
 
 

@@ -54,7 +54,7 @@ def apply_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interlea
         The rotated query and key, in their input's dtype and order of strides.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit, or cos or sin asks for a gradient, which is not computed.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or cos or sin requires grad, which is not computed.
 
     Reference:
         Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864.

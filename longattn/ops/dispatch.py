@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "Which",
-    "build_reason",
+    "build_note",
     "choose",
     "compiled_error",
     "compiled_module",
@@ -84,14 +84,13 @@ def compiled_error() -> str | None:
     return _error
 
 
-def build_reason() -> str | None:
-    """Why the build made no compiled module, as setup.py noted it; None where there is one."""
-    if _module is not None:
-        return None
+def build_note() -> dict[str, str | None]:
+    """Why setup.py compiled nothing ("reason", None where it did) and nothing for CUDA ("cuda")."""
     note = Path(__file__).parents[1] / "_build.json"
-    if not note.is_file():
-        return "the package was not installed from its sources by pip, so nothing was compiled"
-    return json.loads(note.read_text(encoding="utf-8"))["reason"]
+    if note.is_file():
+        return json.loads(note.read_text(encoding="utf-8"))
+    reason = "the package was not installed by pip, so its build left no note"
+    return {"reason": reason, "cuda": reason}
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,8 @@ def register(
     Args:
         name: the public op, e.g. "apply_rope".
         prepare: the public function's arguments -> the torch op's, checks included.
-        why_not_compiled: the torch op's arguments -> None where the compiled kernel serves this call, else a short reason.
-            It sees only calls on devices for which the kernel was compiled.
+        why_not_compiled: the torch op's arguments -> None where the compiled kernel serves this call, else a short
+            reason. It sees only calls on devices for which the kernel was compiled.
         private: the op that the compiled module implements, e.g. "_rope_fwd".
         example: (device, dtype) -> public arguments of a small typical call, for `longattn doctor`.
     """
@@ -159,7 +158,7 @@ def _why_pure(op: _Op, args: tuple[Any, ...], device: torch.device) -> str | Non
     if _error is not None:
         return f"the compiled kernels do not load: {_error}"
     if _module is None:
-        return f"nothing was compiled: {build_reason()}"
+        return f"nothing was compiled: {build_note()['reason']}"
     if device.type not in ("cpu", "cuda"):
         return f"no kernel is written for {device.type} tensors"
     private = f"longattn::{op.private}"
@@ -198,7 +197,8 @@ def choose(name: str, *args: Any) -> bool:
         args: the torch op's arguments.
 
     Raises:
-        RuntimeError: compiled is forced and can't serve the call, or CUDA tensors meet a compiled module that fails to load.
+        RuntimeError: compiled is forced and can't serve the call, or CUDA tensors meet a compiled module that does not
+            load.
     """
     choice = _decide(_ops[name], args)
     if choice.path == "compiled":

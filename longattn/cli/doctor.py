@@ -1,0 +1,118 @@
+"""`longattn doctor`: what this installation is and which path serves each op; changes when that report does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import longattn
+from longattn.ops import dispatch
+
+__all__ = ["doctor"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Path(NamedTuple):
+    """Which path serves an op on a device, for one dtype."""
+
+    op: str
+    device: str
+    dtype: str
+    path: str
+    reason: str
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show versions, what was compiled for what, and which path serves each op on each device, and why."""
+    facts, paths = _facts(), list(_paths())
+    if as_json:
+        typer.echo(json.dumps({"facts": facts, "paths": [path._asdict() for path in paths]}, indent=2))
+        return
+    console = Console()
+    versions = Table("what", "found", title="This installation")
+    for name, found in facts.items():
+        versions.add_row(name, str(found))
+    served = Table("op", "device", "dtypes", "path", "why", title="What serves each op")
+    for (op, device, path, reason), dtypes in _by_path(paths).items():
+        served.add_row(op, device, ", ".join(dtypes), path, reason)
+    console.print(versions, served)
+
+
+def _facts() -> dict[str, str]:
+    info = longattn.build_info()
+    built: dict[str, Any] = info["built"] or {}
+    if info["error"]:
+        compiled = f"the compiled module does not load: {info['error']}"
+    elif not info["compiled"]:
+        compiled = f"nothing: {info['reason']}"
+    else:
+        compiled = f"with {built['compiler']} against torch {built['torch']}"
+    return {
+        "longattn": info["longattn"],
+        "python": info["python"],
+        "torch": info["torch"],
+        "transformers": info["transformers"] or "not installed",
+        "compiled": compiled,
+        "for the CPU": built.get("cpu") or "no",
+        "for CUDA": built.get("cuda") or f"no: {info['no_cuda']}",
+        "C++ compiler here": _version_line(os.environ.get("CXX", "c++")),
+        "nvcc here": _version_line("nvcc"),
+        "threads": str(torch.get_num_threads()),
+        "GPUs": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
+    }
+
+
+def _version_line(command: str) -> str:
+    """The line of a compiler's --version that has its version."""
+    program = shlex.split(command)
+    if not program or shutil.which(program[0]) is None:
+        return "not found"
+    output = subprocess.run([*program, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line for line in output if "release" in line), output[0] if output else "no version given")
+
+
+def _paths() -> Iterator[Path]:
+    """The path of a typical call of every op, device and dtype; without a CUDA device, one row an op says so."""
+    for op, example in dispatch.registered().items():
+        for dtype in DTYPES:
+            path, reason = _which(op, example, "cpu", dtype)
+            yield Path(op, "cpu", _name(dtype), path, reason)
+        if not torch.cuda.is_available():
+            yield Path(op, "cuda", "any", "none", "torch sees no CUDA device here")
+            continue
+        for dtype in DTYPES:
+            path, reason = _which(op, example, "cuda", dtype)
+            yield Path(op, "cuda", _name(dtype), path, reason)
+
+
+def _which(op: str, example: Any, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    try:
+        choice = dispatch.which(op, *example(torch.device(device), dtype))
+    except RuntimeError as error:
+        return "refused", str(error)
+    return choice.path, choice.reason
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_path(paths: list[Path]) -> dict[tuple[str, str, str, str], list[str]]:
+    """Dtypes that share a row: same op, device, path and reason."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in paths:
+        rows.setdefault((row.op, row.device, row.path, row.reason), []).append(row.dtype)
+    return rows
