@@ -68,9 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(source: Path) -> PreTrainedConfig:
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"extend: SRC {source} has no config.json, so it is no transformers checkpoint")
-    fields = read_json(source / "config.json")
+    fields = read_json(source / "config.json") if (source / "config.json").is_file() else {}
     if fields.get("quantization_config"):
         method = fields["quantization_config"].get("quant_method", "unknown method")
         raise ValueError(f"extend: SRC {source} is quantised ({method}); extend the original, then quantise the result")
@@ -87,6 +85,8 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if Path(src).is_dir() and not Path(src, "config.json").is_file():
+        raise FileNotFoundError(f"{caller}: SRC {src} has no config.json, so it is no transformers checkpoint")
     try:
         return AutoConfig.from_pretrained(src, trust_remote_code=False)
     except OSError as error:

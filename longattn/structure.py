@@ -128,7 +128,7 @@ def inspect_checkpoint(
         model = _model_of(model.config)
         restore(model)
     configs = [model.config] + ([] if changed is model else [changed.config])
-    length = context or max(config.max_position_embeddings for config in configs)
+    length = max(config.max_position_embeddings for config in configs) if context is None else context
     structures = [structure_of(config, length) for config in configs]
     return structures[0], structures[1] if len(structures) == 2 else None
 
