@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from longattn.ops.layout import empty_like_order
 from longattn.ops.rows import Rows
 from longattn.ops.scores import Job, accumulate_dtype
 
-__all__ = ["define_attention", "options"]
+__all__ = ["Bands", "define_attention", "options"]
 
 OPTIONS = (
     "float scale, float softcap, SymInt sink_tokens, Tensor? sink_logits, Tensor? cu_seqlens, Tensor? kv_start, "
     "Tensor? kv_end, SymInt query_start, SymInt key_start"
 )
 NUM_OPTIONS = 9
-Bands = Callable[..., tuple[tuple[tuple[int, Band], ...], tuple[int, ...]]]
+SINK_LOGITS = -6  # where the options hold sink_logits
+Bands = tuple[tuple[tuple[int, Band], ...], tuple[int, ...]]  # ((shift, band), ...) and the shift of each query head
 
 
 def options(
@@ -44,21 +44,16 @@ def options(
     return float(scale), float(softcap), sink_tokens, sink_logits, cu_seqlens, kv_start, kv_end, start, 0
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call's arguments after query, key and value, read."""
-
-    job: Job
-    sink_logits: Tensor | None
-
-
-def define_attention(op: str, band_schema: str, read_bands: Bands) -> None:
+def define_attention(
+    op: str, band_schema: str, check_band: Callable[..., None], make_bands: Callable[..., Bands]
+) -> None:
     """Define `longattn::<op>` and `longattn::<op>_bwd`.
 
     Args:
         op: the op's name.
         band_schema: schema of the arguments that say which band.
-        read_bands: (query, *band arguments) -> ((shift, band), ...) and the shift of each query head; raises ValueError.
+        check_band: (query, *band arguments) -> None; raises ValueError. The arguments may be symbolic.
+        make_bands: (query, *band arguments) -> the bands, of arguments that were checked and are plain.
     """
     inputs = "Tensor query, Tensor key, Tensor value"
     tags = (torch.Tag.pt2_compliant_tag,)
@@ -69,19 +64,25 @@ def define_attention(op: str, band_schema: str, read_bands: Bands) -> None:
         tags=tags,
     )
 
-    def read(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...]) -> _Call:
-        scale, softcap, sinks, sink_logits, cu_seqlens, kv_start, kv_end, query_start, key_start = args[-NUM_OPTIONS:]
+    def check(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...]) -> Rows:
+        _, softcap, sinks, sink_logits, cu_seqlens, kv_start, kv_end, query_start, key_start = args[-NUM_OPTIONS:]
         check_attention(op, query, key, value, softcap, sinks, sink_logits)
         rows = Rows(query_start, key_start, cu_seqlens, kv_start, kv_end)
         check_rows(op, query, key, rows)
-        bands, shifts = read_bands(query, *args[:-NUM_OPTIONS])
-        return _Call(Job(bands, shifts, rows, sinks, scale, softcap), sink_logits)
+        check_band(query, *args[:-NUM_OPTIONS])
+        return rows
+
+    def job(query: Tensor, rows: Rows, args: tuple[Any, ...]) -> Job:
+        bands, shifts = make_bands(query, *args[:-NUM_OPTIONS])
+        scale, softcap, sinks = args[-NUM_OPTIONS : -NUM_OPTIONS + 3]
+        return Job(bands, shifts, rows, sinks, scale, softcap)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        call = read(query, key, value, args)
-        check_row_values(op, query, key, call.job.rows)
+        rows = check(query, key, value, args)
+        check_row_values(op, query, key, rows)
         dispatch.choose(op, query, key, value, *args)
-        return pure_forward.forward(*map(_dense_channels, (query, key, value)), call.job, call.sink_logits)
+        inputs = map(_dense_channels, (query, key, value))
+        return pure_forward.forward(*inputs, job(query, rows, args), args[SINK_LOGITS])
 
     def backward(
         grad_out: Tensor,
@@ -93,23 +94,23 @@ def define_attention(op: str, band_schema: str, read_bands: Bands) -> None:
         lse: Tensor,
         *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        call = read(query, key, value, args)
-        dense = tuple(map(_dense_channels, (grad_out, query, key, value)))
-        return pure_backward.backward((*dense, out, lse), grad_lse, call.job, call.sink_logits)
+        rows = check(query, key, value, args)
+        dense = (*map(_dense_channels, (grad_out, query, key, value)), out, lse)
+        return pure_backward.backward(dense, grad_lse, job(query, rows, args), args[SINK_LOGITS])
 
     dispatch.implement(op, forward)
     dispatch.implement(f"{op}_bwd", backward)
 
     @torch.library.register_fake(f"longattn::{op}", lib=dispatch.library)
     def forward_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        read(query, key, value, args)
+        check(query, key, value, args)
         return empty_like_order(query), query.new_empty(query.shape[:3], dtype=accumulate_dtype(query.dtype))
 
     @torch.library.register_fake(f"longattn::{op}_bwd", lib=dispatch.library)
     def backward_fake(
         grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *args: Any
     ) -> tuple[Tensor, ...]:
-        sink_logits = args[-NUM_OPTIONS + 3]
+        sink_logits = args[SINK_LOGITS]
         grads = (empty_like_order(x) for x in (query, key, value))
         return *grads, query.new_empty(0) if sink_logits is None else sink_logits.new_empty(sink_logits.shape)
 
@@ -141,7 +142,7 @@ def _define_autograd(op: str) -> None:
             grad_out = torch.zeros_like(out)
         run = getattr(torch.ops.longattn, f"{op}_bwd").default
         *grads, grad_sink = run(grad_out, grad_lse, query, key, value, out, lse, *args)
-        sink = len(args) - NUM_OPTIONS + 3
+        sink = len(args) + SINK_LOGITS
         return *grads, *(grad_sink if i == sink and args[i] is not None else None for i in range(len(args)))
 
     def double_backward(ctx: Any, *grads: Tensor) -> None:

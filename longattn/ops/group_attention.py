@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longattn.ops import dispatch
-from longattn.ops.attention import define_attention, options
-from longattn.ops.band import Band, GroupBand
+from longattn.ops.attention import Bands, define_attention, options
+from longattn.ops.band import GroupBand
 from longattn.ops.checks import is_int
 
 __all__ = ["group_attention"]
@@ -116,9 +116,7 @@ def _prepare(
     return query, key, value, group_size, shifts, causal, *rest
 
 
-def _read_bands(
-    query: Tensor, group_size: int, shifts: Sequence[int], causal: bool
-) -> tuple[tuple[tuple[int, Band], ...], tuple[int, ...]]:
+def _check_band(query: Tensor, group_size: int, shifts: Sequence[int], causal: bool) -> None:
     if group_size < 1:
         raise ValueError(f"{OP}: group_size must be at least 1 token, got {group_size}")
     if len(shifts) != query.shape[1]:
@@ -126,10 +124,13 @@ def _read_bands(
             f"{OP}: shifts must give one shift for each of query's {query.shape[1]} heads, got {len(shifts)}"
         )
     for shift in shifts:
-        if not 0 <= shift < group_size:
+        if shift < 0 or shift >= group_size:
             raise ValueError(f"{OP}: shift must be >= 0 and below group_size {group_size}, got {shift}")
-    distinct = list(dict.fromkeys(shifts))
-    return tuple((shift, GroupBand(group_size, shift, causal)) for shift in distinct), tuple(shifts)
+
+
+def _make_bands(query: Tensor, group_size: int, shifts: Sequence[int], causal: bool) -> Bands:
+    bands = tuple((shift, GroupBand(group_size, shift, causal)) for shift in dict.fromkeys(shifts))
+    return bands, tuple(shifts)
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -137,5 +138,5 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return x, x, x, 8
 
 
-define_attention(OP, "SymInt group_size, SymInt[] shifts, bool causal", _read_bands)
+define_attention(OP, "SymInt group_size, SymInt[] shifts, bool causal", _check_band, _make_bands)
 dispatch.register(OP, prepare=_prepare, why_not_compiled=lambda *args: None, private="_group_fwd", example=_example)

@@ -145,5 +145,9 @@ def _seen(part: Part, run: Run, index: tuple[int | slice, ...]) -> Tensor:
     tile = torch.arange(run.count, device=device)[tiles].reshape(-1, 1)
     query = run.query + tile * run.step + torch.arange(run.rows, device=device)  # (tiles, rows)
     key = run.key + tile * run.key_step + torch.arange(run.cols, device=device)  # (tiles, cols)
-    rows = batch if isinstance(batch, slice) else slice(batch, batch + 1)
+    first = part.segment.batch[0]
+    if isinstance(batch, slice):
+        rows = slice(first + batch.start, min(first + batch.stop, part.segment.batch[1]))
+    else:
+        rows = slice(first + batch, first + batch + 1)
     return part.ends.seen(rows, query[:, :, None], key[:, None, :]).flatten(0, 1)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longattn.ops import dispatch
-from longattn.ops.attention import define_attention, options
-from longattn.ops.band import Band, WindowBand
+from longattn.ops.attention import Bands, define_attention, options
+from longattn.ops.band import WindowBand
 from longattn.ops.checks import is_int
 
 __all__ = ["window_attention"]
@@ -117,10 +117,13 @@ def _ends(window_size: int | tuple[int, int]) -> tuple[int, int]:
     return window_size - 1, 0  # type: ignore[operator]
 
 
-def _read_bands(query: Tensor, left: int, right: int) -> tuple[tuple[tuple[int, Band], ...], tuple[int, ...]]:
+def _check_band(query: Tensor, left: int, right: int) -> None:
     for name, bound in (("left", left), ("right", right)):
         if bound < -1:
             raise ValueError(f"{OP}: window_size's {name} bound must be >= 0, or -1 for none, got {bound}")
+
+
+def _make_bands(query: Tensor, left: int, right: int) -> Bands:
     return ((0, WindowBand(left, right)),), (0,) * query.shape[1]
 
 
@@ -129,5 +132,5 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return x, x, x, 8
 
 
-define_attention(OP, "SymInt left, SymInt right", _read_bands)
+define_attention(OP, "SymInt left, SymInt right", _check_band, _make_bands)
 dispatch.register(OP, prepare=_prepare, why_not_compiled=lambda *args: None, private="_window_fwd", example=_example)
