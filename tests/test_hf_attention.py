@@ -22,6 +22,7 @@ PLANS = (
     "window:4",
     "window:14",
     "full, window:8",
+    "window:12, window:5",
     "window:1, window:12+sinks:3",
     "group:6+shift",
     "2 x window:4, full, group:5+shift:2+sinks:1",

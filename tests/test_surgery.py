@@ -39,6 +39,16 @@ PLANS = {
 IDS = tokens(2, 40)
 
 
+def plain_attributes(model):
+    """What rotary and attention modules, and those above them, hold of rope and windows."""
+    others = ("name_or_path", "vocab_size", "padding_idx", "num_embeddings", "out_features")
+    kinds = (bool, int, float, str, type(None))
+    return [
+        {k: v for k, v in vars(module).items() if isinstance(v, kinds) and k not in others and k[0] != "_"}
+        for module in model.modules()
+    ]
+
+
 def reload(model, path):
     model.save_pretrained(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
@@ -80,6 +90,7 @@ def test_save_reload_and_restore(family, plan, tmp_path):
     json.dumps(report.to_dict())
     again = reload(model, tmp_path / "1")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert plain_attributes(again) == plain_attributes(model)
     assert again.config.longattn == model.config.longattn and again.config.longattn["plan"] == plan.to_dict()
     # what transformers reads it also has to write again
     third = reload(again, tmp_path / "2")
@@ -125,6 +136,16 @@ def test_extending_twice_keeps_the_first_original():
     assert torch.equal(model(IDS).logits, stock(IDS).logits)
     with pytest.raises(ValueError, match="no plan was applied"):
         restore(model)
+
+
+@torch.no_grad()
+def test_longrope_forgets_the_table_of_an_earlier_plan(tmp_path):
+    model, ids = build("llama", torch.float32), tokens(1, 100)
+    rope = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0]}
+    extend(model, None, Plan(rope=rope))
+    model(ids)  # a long text, for which the module keeps another table
+    extend(model, None, Plan(rope={**rope, "long_factor": [1.0, 2.0, 4.0, 8.0]}))
+    assert torch.equal(model(ids).logits, reload(model, tmp_path)(ids).logits)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
+from longattn.hf.families import config_of, layer_of
 from longattn.hf.masks import check_no_restart, packed_cu_seqlens, row_bounds
 from longattn.pattern import Pattern
 
@@ -73,7 +74,7 @@ def longattn_attention(
 
 def pattern_now(module: nn.Module) -> Pattern:
     """The pattern of an attention module: the training one in training outside `generate`, else the serving one."""
-    record = getattr(module.config, "longattn", None)
+    record = getattr(config_of(module), "longattn", None)
     if not record or "attention" not in record:
         raise ValueError(
             "longattn: attn_implementation is 'longattn', but config.longattn has no patterns; longattn.extend with an "
@@ -82,7 +83,7 @@ def pattern_now(module: nn.Module) -> Pattern:
     layers = record["attention"]
     if module.training and record["train_attention"] != layers and not _inside_generate():
         layers = record["train_attention"]
-    return Pattern(**layers[module.layer_idx])
+    return Pattern(**layers[layer_of(module)])
 
 
 @contextlib.contextmanager

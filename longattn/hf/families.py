@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longattn.pattern import Pattern
 
-__all__ = ["FAMILIES", "Family", "attention_modules", "family_of"]
+__all__ = ["FAMILIES", "Family", "attention_modules", "config_of", "family_of", "layer_of"]
 
 # A stock sliding cache of W tokens slices its keys with [-W + 1:], which keeps everything where W is 1.
 SMALLEST_CACHE_WINDOW = 2
@@ -128,4 +128,14 @@ def family_of(config: PreTrainedConfig) -> Family:
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a decoder, by layer."""
     found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
-    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]
+    return sorted(found, key=layer_of)
+
+
+def layer_of(attention: nn.Module) -> int:
+    """The layer that an attention module belongs to."""
+    return attention.layer_idx  # type: ignore[return-value]
+
+
+def config_of(attention: nn.Module) -> PreTrainedConfig:
+    """The config that an attention module reads at each call."""
+    return attention.config  # type: ignore[return-value]

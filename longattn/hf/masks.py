@@ -108,7 +108,7 @@ def check_no_restart(position_ids: Tensor, attention_mask: Tensor | None) -> Non
     restarts = position_ids[:, 1:] <= position_ids[:, :-1]
     if attention_mask is not None:
         start, end = row_bounds(attention_mask, attention_mask.shape[0])
-        if end is None:
+        if start is None or end is None:
             return  # a mask and a growing cache: as in transformers, positions tell no documents apart
         places = torch.arange(1 - position_ids.shape[1], 0, device=restarts.device) + end[:, None]
         restarts = restarts & (places > start[:, None])

@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from longattn.hf.attention import calls_seen, longattn_attention
-from longattn.hf.families import attention_modules
+from longattn.hf.families import attention_modules, config_of, layer_of
 from longattn.hf.masks import longattn_mask
 from longattn.hf.record import IMPLEMENTATION, layer_patterns
 from longattn.pattern import Pattern
@@ -42,12 +43,9 @@ def check_attention(model: PreTrainedModel) -> str:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return f"{len(patterns)} layers are hooked; caches keep every key that they see"
     with calls_seen() as calls, _evaluating(model), torch.no_grad():
-        device = model.get_input_embeddings().weight.device
-        model.base_model(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device),
-            use_cache=False,
-        )
-    found = {int(module.layer_idx): pattern for module, pattern in calls}
+        device = model.get_input_embeddings().get_parameter("weight").device
+        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    found = {layer_of(module): pattern for module, pattern in calls}
     if found != dict(enumerate(patterns)):
         expected = _listed(dict(enumerate(patterns)))
         raise RuntimeError(f"extend: two tokens were attended to by {_listed(found)}, but the plan says {expected}")
@@ -89,16 +87,16 @@ def _check_hook(model: PreTrainedModel) -> None:
     if len(modules) != model.config.num_hidden_layers:
         raise RuntimeError(f"extend: found {len(modules)} attention modules in {model.config.num_hidden_layers} layers")
     for module in modules:
-        name = module.config._attn_implementation
+        name = config_of(module)._attn_implementation
         served = name == IMPLEMENTATION and AttentionInterface().get(name) is longattn_attention
         if not served or AttentionMaskInterface().get(name) is not longattn_mask:
-            raise RuntimeError(f"extend: layer {module.layer_idx} attends through {name!r}, not through longattn")
+            raise RuntimeError(f"extend: layer {layer_of(module)} attends through {name!r}, not through longattn")
 
 
 def _check_caches(model: PreTrainedModel, patterns: Sequence[Pattern]) -> None:
     cache = DynamicCache(config=model.config)
     for layer, (pattern, slots) in enumerate(zip(patterns, cache.layers, strict=True)):
-        if not slots.is_sliding:
+        if not isinstance(slots, DynamicSlidingWindowLayer):
             continue
         if pattern.kind != "window" or pattern.sinks or pattern.size > slots.sliding_window:
             raise RuntimeError(

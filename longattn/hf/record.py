@@ -84,4 +84,4 @@ def save_implementation() -> None:
         return output
 
     to_dict.writes_longattn = True  # type: ignore[attr-defined]
-    PreTrainedConfig.to_dict = to_dict
+    PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]

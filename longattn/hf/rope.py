@@ -42,9 +42,9 @@ def rebuild_rotary_modules(model: PreTrainedModel) -> None:
     for _, module in rotary_modules(model):
         device = next(module.buffers()).device
         with torch.device("cpu"):
-            fresh = type(module)(config=model.config)  # type: ignore[call-arg]
+            fresh = type(module)(config=model.config)
         for name, value in vars(fresh).items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "training":
                 setattr(module, name, value)
         for name in set(module._buffers) - set(fresh._buffers):
             delattr(module, name)
@@ -71,7 +71,7 @@ def check_rotary_modules(model: PreTrainedModel) -> str:
     for name, module in modules:
         if next(module.buffers()).device.type == "meta":
             with torch.device("cpu"):
-                module = type(module)(config=config)  # type: ignore[call-arg]
+                module = type(module)(config=config)
         for layer_type, parameters in rope_layers(config.rope_parameters).items():
             prefix = "" if layer_type is None else f"{layer_type}_"
             expected, scaling = rope_frequencies(
