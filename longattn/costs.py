@@ -164,7 +164,7 @@ def activation_bytes(decoder: Decoder, num_tokens: int, *, checkpointing: bool =
         >>> layer = AttentionLayer(Pattern("full"), heads=4, kv_heads=2, head_dim=8)
         >>> decoder = Decoder((layer,), hidden_size=32, intermediate_size=64, vocab_size=100, dtype_bytes=2)
         >>> activation_bytes(decoder, 1)
-        1680
+        1920
     """
     b, h = decoder.dtype_bytes, decoder.hidden_size
     norm = FLOAT32_BYTES * h + 2 * b * h

@@ -1,5 +1,8 @@
 """Cost formulas against counting: pairs by definition, caches by transformers' own, activations by autograd's."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 from hf_models import build
@@ -127,3 +130,9 @@ def test_stock_mask_is_formed_where_a_window_hides_keys():
     assert stock_mask_bytes(layers, 8) == 0
     assert stock_mask_bytes(layers, 9) == 81
     assert stock_mask_bytes(layers[:1], 9) == 0
+
+
+@pytest.mark.parametrize("name", ["costs", "plan", "rope_plan"])
+def test_examples_in_docstrings_hold(name):
+    results = doctest.testmod(importlib.import_module(f"longattn.{name}"))
+    assert results.attempted > 0 and results.failed == 0
