@@ -175,11 +175,6 @@ def errors_in_one_line(command: str) -> Iterator[None]:
     """End a command with exit code 2 and one line for an error that the user can mend."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("transformers", "tokenizers", "huggingface_hub", "yaml"):
-            raise
-        typer.echo(f"longattn {command}: needs {error.name}: pip install 'longattn[hf,cli]'", err=True)
-        raise typer.Exit(2) from None
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0] if lines else type(error).__name__
