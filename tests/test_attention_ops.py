@@ -67,13 +67,15 @@ def test_compile_fullgraph_without_a_recompile_per_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    graphs: set[int] = set()
     for length in (16, 24, 40, 64):
         inputs = [x.requires_grad_() for x in tensors(sq=length, sk=length, dim=8)]
         expected = torch.autograd.grad(step(*inputs), inputs)
         got = torch.autograd.grad(compiled(*inputs), inputs)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
 def test_compile_with_inductor():
