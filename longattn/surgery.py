@@ -153,6 +153,8 @@ def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rop
     """The attention part of a plan, checked against the model; None where it has none."""
     if plan.attention is None and plan.train_attention is None:
         return None
+    if config.output_attentions:
+        raise ValueError("extend: config.output_attentions must be False: attention weights are never formed, got True")
     layers = config.num_hidden_layers
     own = family.patterns_of(config)
     before = {part: layer_patterns(config, part) or own for part in PARTS}

@@ -121,6 +121,19 @@ def test_two_way_attention_is_refused(model):
         longattn_attention(model.model.layers[0].self_attn, query, query, query, None, is_causal=False)
 
 
+@torch.no_grad()
+def test_no_value_is_read_on_a_device():
+    model = build("qwen2")
+    extend(model, None, Plan(attention="window:6, group:5+shift"))
+    model, ids = model.to("meta"), tokens(2, 9).to("meta")
+    mask, positions = torch.ones_like(ids), torch.zeros_like(ids)
+    assert model(ids, use_cache=True).logits.shape == (2, 9, 64)
+    assert model(ids, position_ids=positions, use_cache=True).logits.is_meta
+    cache = model(ids, attention_mask=mask, position_ids=positions).past_key_values
+    longer = torch.ones(2, 12, dtype=torch.long, device="meta")
+    assert model(ids[:, :3], attention_mask=longer, past_key_values=cache).logits.shape == (2, 3, 64)
+
+
 def test_masks_are_not_read_on_the_meta_device():
     mask = torch.ones(2, 4, dtype=torch.bool, device="meta")
     with longattn.debug():

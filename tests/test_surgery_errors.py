@@ -117,6 +117,13 @@ def test_no_change_of_windows_is_refused():
         extend(model, None, Plan(train_attention="group:8+shift"))
 
 
+def test_attention_weights_are_refused():
+    model = build("llama", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        extend(model, None, Plan(attention="window:4"))
+    extend(model, None, Plan(rope=YARN))
+
+
 def test_group_may_be_as_long_as_the_new_context():
     extend(build("llama"), None, Plan(rope=YARN, attention="group:256"))
     with pytest.raises(ValueError, match="the model's 256 tokens, got group:257"):
