@@ -1,7 +1,7 @@
 """Change a pretrained decoder-only language model's structure: longer text, fewer keys a query, new tokens.
 
-`longattn.extend` changes a transformers model, `longattn.window_attention`, `group_attention` and `apply_rope` are the ops
-behind it (also `torch.ops.longattn.*`). This import costs no more than torch; what needs transformers is loaded on use.
+`longattn.extend` changes a transformers model; `longattn.window_attention`, `group_attention` and `apply_rope` are the
+ops behind it (also `torch.ops.longattn.*`). Importing costs no more than torch: what needs transformers loads on use.
 """
 
 import importlib

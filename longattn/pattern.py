@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +89,8 @@ class Pattern:
         from longattn.ops.group_attention import group_attention
         from longattn.ops.window_attention import window_attention
 
-        rows = dict(cu_seqlens=cu_seqlens, kv_start=kv_start, kv_end=kv_end)
-        shared = dict(scale=scale, softcap=softcap, sink_tokens=self.sinks, sink_logits=sink_logits, **rows)
+        shared: dict[str, Any] = dict(scale=scale, softcap=softcap, sink_tokens=self.sinks, sink_logits=sink_logits)
+        shared |= dict(cu_seqlens=cu_seqlens, kv_start=kv_start, kv_end=kv_end)
         if self.kind == "group":
             return group_attention(query, key, value, self.size, shift=self.shift, **shared)
         return window_attention(query, key, value, (-1, 0) if self.kind == "full" else self.size, **shared)

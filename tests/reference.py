@@ -1,7 +1,7 @@
 """The float64 dense attention and the tolerance that every attention test and benchmark is held to.
 
-Written from the definitions alone (band, sinks, rows, documents), one query at a time where that is plainest, and shares no
-code with the package.
+Written from the definitions alone (band, sinks, rows, documents), one query at a time where that is plainest; it
+shares no code with the package.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def dense(
     sink_logits: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention in `dtype`: (out (B, Hq, Sq, D), lse (B, Hq, Sq)); rows that see nothing give 0 and their sink logit.
+    """Dense attention in `dtype`: (out (B, Hq, Sq, D), lse (B, Hq, Sq)); rows without a key give 0, their sink logit.
 
     sink_logits is (Hq,), or (B, Hq, Sq) where the gradient of each row's is wanted.
     """
@@ -122,8 +122,8 @@ def assert_close(
     Args:
         dense_error: the error of the same maths done densely in the input dtype.
         floor: f, where the inputs' dtype is not the result's.
-        grad_value: the float64 gradient of the values: where the true gradient is zero, rounding remains in proportion to
-            its root mean square, taken over the keys that are seen (the others get exact zeros).
+        grad_value: the float64 gradient of the values: where the true gradient is zero, rounding remains in
+            proportion to its root mean square, over the keys that are seen (the others get exact zeros).
         logit_norm: max(1, scale x sqrt(D)).
         norm: of the terms that `ref` is the sum of, where those may cancel.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -121,10 +122,14 @@ def test_meta_and_fake_tensors():
 
 @pytest.fixture
 def masked_rows(monkeypatch):
-    """Treat CPU tensors as a device's, whose values must not be read: rows carry their own ends, products are explicit."""
+    """Treat CPU tensors as a device's, whose values must not be read: rows carry their ends, products are explicit."""
     monkeypatch.setattr(scores, "reads_values", lambda device: False)
     for module in (pure_forward, pure_backward):
         monkeypatch.setattr(module, "is_fused", lambda query, job: False)
+
+
+def masked_call(op, band, options, q, k, v, sink_logits):
+    return op(q, k, v, *band, sink_logits=sink_logits, return_lse=True, **options)
 
 
 def test_rows_masked_on_the_device_match_reference(masked_rows):
@@ -148,16 +153,12 @@ def test_rows_masked_on_the_device_match_reference(masked_rows):
         shape = (q.shape[0], heads, sq, sk)
         if choose.random() < 0.5:
             window = choose.choice([(5, 0), (-1, 0), (3, 2)])
+            op, band = longattn.window_attention, (window,)
             mask = visible_mask(*shape, window=window, sinks=options["sink_tokens"], **rows)
-            attend = lambda q, k, v, z: longattn.window_attention(  # noqa: E731
-                q, k, v, window, sink_logits=z, return_lse=True, **options, **rows
-            )
         else:
-            shift, causal = choose.choice([0, 3]), choose.random() < 0.5
-            mask = visible_mask(
-                *shape, group=6, shifts=half_shifts(heads, shift), causal=causal, sinks=options["sink_tokens"], **rows
-            )
-            attend = lambda q, k, v, z: longattn.group_attention(  # noqa: E731
-                q, k, v, 6, shift=shift, causal=causal, sink_logits=z, return_lse=True, **options, **rows
-            )
+            options |= dict(shift=choose.choice([0, 3]), causal=choose.random() < 0.5)
+            op, band = longattn.group_attention, (6,)
+            shared = dict(causal=options["causal"], sinks=options["sink_tokens"], **rows)
+            mask = visible_mask(*shape, group=6, shifts=half_shifts(heads, options["shift"]), **shared)
+        attend = partial(masked_call, op, band, {**options, **rows})
         check_against_dense(attend, q, k, v, mask, softcap=options["softcap"], use_lse=bool(seed % 2))

@@ -1,4 +1,4 @@
-"""Window attention against the float64 reference: features one by one and at the edges; properties are in test_attention_properties."""
+"""Window attention against the float64 reference: features one by one, the edges, and the errors."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def define_attention(
         rows = check(query, key, value, args)
         check_row_values(op, query, key, rows)
         dispatch.choose(op, query, key, value, *args)
-        inputs = map(_dense_channels, (query, key, value))
-        return pure_forward.forward(*inputs, job(query, rows, args), args[SINK_LOGITS])
+        query, key, value = map(_dense_channels, (query, key, value))
+        return pure_forward.forward(query, key, value, job(query, rows, args), args[SINK_LOGITS])
 
     def backward(
         grad_out: Tensor,
@@ -95,8 +95,9 @@ def define_attention(
         *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = check(query, key, value, args)
-        dense = (*map(_dense_channels, (grad_out, query, key, value)), out, lse)
-        return pure_backward.backward(dense, grad_lse, job(query, rows, args), args[SINK_LOGITS])
+        grad_out, query, key, value = map(_dense_channels, (grad_out, query, key, value))
+        inputs = grad_out, query, key, value, out, lse
+        return pure_backward.backward(inputs, grad_lse, job(query, rows, args), args[SINK_LOGITS])
 
     dispatch.implement(op, forward)
     dispatch.implement(f"{op}_bwd", backward)

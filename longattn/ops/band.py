@@ -6,6 +6,7 @@ tile range and every mask in this folder follows from them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ __all__ = ["Band", "GroupBand", "WindowBand"]
 FAR = 1 << 60  # beyond every position, and a sum of two still fits into int64
 
 
-class Band(Protocol):
+class Band(Hashable, Protocol):
     """Query position p sees the keys lo(p) <= j <= hi(p); keys that do not exist are cut off by the caller."""
 
     def lo(self, position: Tensor) -> Tensor: ...

@@ -21,7 +21,7 @@ def is_int(value: object) -> bool:
 def check_attention(
     op: str, query: Tensor, key: Tensor, value: Tensor, softcap: float, sink_tokens: int, sink_logits: Tensor | None
 ) -> None:
-    """Check shapes, dtypes and devices of query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D), and the logits' options."""
+    """Check query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D), and the options of the logits."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")

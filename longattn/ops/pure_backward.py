@@ -1,6 +1,7 @@
 """Banded attention backward in PyTorch: probabilities are formed again tile by tile from the saved log-sum-exp.
 
-With P = exp(S - lse), D = rowsum(dO * O) - dlse:  dV = P^T dO,  dS = P * (dO V^T - D),  dQ = scale dS K,  dK = scale dS^T Q
+With P = exp(S - lse) and D = rowsum(dO * O) - dlse:
+dV = P^T dO,  dS = P * (dO V^T - D),  dQ = scale dS K,  dK = scale dS^T Q
 (Dao et al., 2022, arXiv:2205.14135, algorithm 4); a sink logit z gets sum exp(z - lse) * -D. On the CPU one fused call
 serves a run; elsewhere, with a soft cap, and with a gradient of the log-sum-exp the products are explicit.
 """
@@ -53,7 +54,7 @@ def _block_rows(fused: bool) -> int:
 
 
 def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """rowsum(grad_out * out) - grad_lse: (B, Hq, Sq), a head at a time so that no product of the output's size is held."""
+    """rowsum(grad_out * out) - grad_lse: (B, Hq, Sq), a head at a time to hold no product of the output's size."""
     delta = torch.empty(out.shape[:3], dtype=dtype, device=out.device)
     for head in range(out.shape[1]):
         delta[:, head] = (grad_out[:, head].to(dtype) * out[:, head].to(dtype)).sum(-1)
@@ -97,7 +98,7 @@ def _heads_of(x: Tensor, segment: Segment, heads: Heads) -> Tensor:
 
 
 def _fused(part: Part, run: Run, inputs: Inputs, dq: Tensor, sums: list[Tensor], job: Job) -> None:
-    """One run through PyTorch's own CPU flash backward, some tiles at a time: it returns each tile's dK and dV apart."""
+    """One run through PyTorch's own CPU flash backward, some tiles at a time: each tile's dK and dV come apart."""
     query = inputs[1]
     budget = max(query.shape[0] * query.shape[1] * query.shape[2], 1 << 17)  # rows of dq, dk and dv in a call
     most = max(1, budget // (part.heads.count * (run.rows + 2 * run.cols)))
@@ -143,7 +144,7 @@ def _explicit(part: Part, run: Run, inputs: Inputs, delta: Tensor, dq: Tensor, s
 
 
 def _add(total: Tensor, share: Tensor, run: Run, index: Index) -> None:
-    """Add the share (slab, cols, D) of the tiles at `index` to (KV heads, keys, D); overlapping tiles a step at a time."""
+    """Add the share (slab, cols, D) of the tiles at `index` to (KV heads, keys, D), step by step where they overlap."""
     _, head, tile = index
     if isinstance(head, slice):
         assert isinstance(tile, int)

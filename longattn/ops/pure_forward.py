@@ -1,4 +1,4 @@
-"""Banded attention forward in PyTorch: one fused call a run on the CPU, explicit products elsewhere and with a soft cap."""
+"""Banded attention forward in PyTorch: a fused call a run on the CPU, explicit products elsewhere and with a soft cap."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, job: Job, sink_logits: Te
 
 
 def _block_rows(query: Tensor, job: Job) -> int:
-    """Rows of a sliding tile: the fused call splits queries by 32; from 192 rows on by 64, and may pack keys for AMX."""
+    """Rows of a sliding tile: the fused call splits queries by 32; from 192 rows on by 64, packed for AMX."""
     return 256 if is_fused(query, job) and is_low(query.dtype) and has_amx() else 32
 
 
@@ -65,7 +65,7 @@ def _covers(work: list[Part], query: Tensor) -> bool:
 
 
 def _pieces(run: Run, part: Part, query: Tensor) -> list[Run]:
-    """A run in pieces whose temporaries stay well below the output's size: few enough for long fused calls all the same."""
+    """A run in as few pieces as keep temporaries well below the output's size."""
     heads = part.heads.count * (part.segment.batch[1] - part.segment.batch[0])
     budget = max(query.shape[0] * query.shape[1] * query.shape[2] // 2, 1 << 16)  # rows of D elements
     packed = 2 * run.cols if run.rows >= PACKED_ROWS and is_low(query.dtype) else 0
@@ -101,8 +101,7 @@ def _run_forward(
         q, o, m = (query_view(x, segment.batch, heads, segment.query[0], narrow) for x in (query, out, lse))
         k, v = (key_view(x, segment.batch, heads, segment.key[0], narrow) for x in (key, value))
         for index in slabs(q.shape[:3], max(1, SLAB // (narrow.rows * narrow.cols))):
-            wide = (x[index].to(lse.dtype) for x in (q, k))
-            logits, _ = slab_logits(part, narrow, index, *wide, job)
+            logits, _ = slab_logits(part, narrow, index, q[index].to(lse.dtype), k[index].to(lse.dtype), job)
             part_lse = torch.logsumexp(logits, -1)  # (slab, rows)
             seen = part_lse.masked_fill(part_lse == -torch.inf, 0.0)
             weights = logits.sub_(seen[..., None]).exp_()

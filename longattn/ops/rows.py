@@ -33,7 +33,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries `query` and keys `key` (index ranges) of the batch rows `batch`, and the positions of the first of each."""
+    """Index ranges of batch rows, queries and keys, and the positions of the first query and key."""
 
     batch: tuple[int, int]
     query: tuple[int, int]
@@ -76,7 +76,7 @@ def _segment(
 
 @dataclass(frozen=True)
 class RowEnds:
-    """The key indices that each query sees, on the tensors' device: [low, high] and the sinks [first, sink), all (B, Sq)."""
+    """The key indices that each query sees, on the tensors' device: low .. high and first .. sink - 1, all (B, Sq)."""
 
     low: Tensor
     high: Tensor

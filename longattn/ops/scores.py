@@ -80,7 +80,7 @@ def narrow_rows(run: Run) -> int:
 
 
 def parts(job: Job, query: Tensor, key: Tensor, block: int) -> list[Part]:
-    """Cut the job for query (B, Hq, Sq, D) and key (B, Hkv, Sk, D) into parts, with `block` rows where a band slides."""
+    """Cut the job for query (B, Hq, Sq, D) and key (B, Hkv, Sk, D), into tiles of `block` rows where a band slides."""
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if query.numel() == 0 or key.numel() == 0:

@@ -1,8 +1,8 @@
 """Cuts a band into runs of equal tiles, so that a few batched calls visit just the keys that are seen.
 
-A run is `count` tiles: tile t holds the query rows `query + t * step` .. `+ rows` and the keys `key + t * key_step` .. `+ cols`,
-all with the same mask. A window's interior is one run; so are the groups of a text. A triangle (full causal, the head of a
-window, a causal group) and a rectangle carry no mask. Sink keys that lie before the band are a rectangle of their own.
+A run is `count` tiles with the same mask: tile t holds `rows` queries from `query + t * step` on and `cols` keys from
+`key + t * key_step` on. A window's interior is one run; so are the groups of a text. A triangle (full causal, the head
+of a window, a causal group) and a rectangle carry no mask. Sink keys before the band are a rectangle of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Piece = tuple[int, int, Kind]  # rows start .. stop, and what they see
 
 @dataclass(frozen=True)
 class Run:
-    """`count` equal tiles; row r of a "band" tile sees the columns lo[r] .. hi[r], and of the first `sinks` those <= hi[r]."""
+    """`count` equal tiles; row r of a "band" tile sees columns lo[r] .. hi[r], and of the first `sinks` those <= hi[r]."""
 
     query: int
     key: int
@@ -59,7 +59,7 @@ class Run:
 
 
 def additive_mask(run: Run, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """0 where a tile's row sees a column, -inf elsewhere: (rows, cols), or None where the kind of the run says it all."""
+    """0 where a tile's row sees a column, -inf elsewhere: (rows, cols), or None where the run's kind says it all."""
     if run.kind != "band":
         return None
     if device.type == "cpu" and run.rows * run.cols <= 1 << 20:
@@ -118,7 +118,7 @@ def make_runs(
 
 
 def _cuts(lo: Tensor, hi: Tensor) -> list[tuple[int, int]]:
-    """Row ranges in which both ends either stand still or go up one by one, and either all rows see a key or none does."""
+    """Row ranges in which each end stands still or goes up one by one, and all rows see a key or none does."""
     slope = torch.stack([lo.diff(), hi.diff()])  # (2, num_queries - 1)
     seen = hi >= lo
     jump = (slope > 1).any(0) | (seen[1:] != seen[:-1])
@@ -145,7 +145,7 @@ def _pieces(lo: list[int], hi: list[int], cuts: list[tuple[int, int]]) -> list[P
 
 
 def _merge_small(pieces: list[Piece], block: int) -> list[Piece]:
-    """Neighbours that together fit into a block become one masked tile: many tiny groups would be many tiny products."""
+    """Neighbours that fit into a block become one masked tile: many tiny groups would be many tiny products."""
     merged: list[Piece] = []
     for start, stop, kind in pieces:
         if merged and stop - start <= block // 2:
@@ -179,7 +179,7 @@ def _band_tile(lo: list[int], hi: list[int], start: int, stop: int) -> Run:
 
 
 def _with_sinks(run: Run, hi: list[int], sink_stop: int) -> tuple[list[Run], list[tuple[int, int]]]:
-    """A run with the sinks 0 .. sink_stop: within its tiles where they meet, else the rows that get them as a prefix."""
+    """A run with the sinks 0 .. sink_stop: in its tiles where they meet, else the rows that get them as a prefix."""
     if sink_stop == 0:
         return [run], []
     near = 0  # tiles whose keys begin at or before the end of the sinks

@@ -15,7 +15,7 @@ __all__ = ["Heads", "head_sets", "key_view", "query_view", "slabs"]
 
 @dataclass(frozen=True)
 class Heads:
-    """`count` query heads from `query` on, `query_step` apart, and the KV head of each (`key_step` 0: all share one)."""
+    """`count` query heads from `query` on, `query_step` apart, and each one's KV head (`key_step` 0: all share one)."""
 
     query: int
     query_step: int
@@ -52,7 +52,7 @@ Window = tuple[int, int]
 
 
 def query_view(x: Tensor, batch: Window, heads: Heads, first: int, run: Run) -> Tensor:
-    """The query rows of a run: x (B, H, S, ...) -> (batch, heads, tiles, rows, ...); row 0 of the run is row `first`."""
+    """The query rows of a run: x (B, H, S, ...) -> (batch, heads, tiles, rows, ...); run row 0 is row `first`."""
     return _view(x, batch, heads.query, heads.query_step, heads.count, first + run.query, run.step, run.rows, run.count)
 
 
@@ -71,7 +71,7 @@ def _view(
 
 
 def slabs(sizes: Sequence[int], most: int) -> Iterator[tuple[int | slice, ...]]:
-    """Index a (batch, heads, tiles, ...) view so that its longest axis stays as the one batch axis, `most` at a time."""
+    """Index a (batch, heads, tiles, ...) view so that its longest axis stays as the batch axis, `most` at a time."""
     longest = max(range(len(sizes)), key=lambda axis: sizes[axis])
     steps = [range(0, size, most) if axis == longest else range(size) for axis, size in enumerate(sizes)]
     for index in itertools.product(*steps):

@@ -47,8 +47,8 @@ def window_attention(
     """Attention in which a query sees a window of keys around its own.
 
     out_i = sum_j exp(s_ij - lse_i) value_j over p - left <= j <= p + right, with s_ij = scale query_i . key_j and the
-    position p = i + Sk - Sq of query i: queries are the last Sq of the Sk tokens. A query that sees no key gives 0 and a
-    log-sum-exp of -inf (its sink logit, where there is one). Memory grows with S D, time with the visible area.
+    position p = i + Sk - Sq of query i: queries are the last Sq of the Sk tokens. A query that sees no key gives 0 and
+    a log-sum-exp of -inf (its sink logit, where there is one). Memory grows with S D, time with the visible area.
 
     Args:
         query: (B, Hq, Sq, D), float64, float32, bfloat16 or float16, any strides.
@@ -58,12 +58,12 @@ def window_attention(
         scale: factor of the logits, 1 / sqrt(D) by default.
         softcap: c > 0 makes logits c tanh(logits / c), after scaling; 0 is off.
         sink_tokens: this many first keys stay visible wherever they are not later than the window's end.
-        sink_logits: (Hq,), any float dtype: a logit a head, neither scaled nor capped, that joins the denominator and the
-            log-sum-exp and adds no value.
-        cu_seqlens: (documents + 1,) int32: borders of documents packed in one row (B = 1, Sq = Sk); a query sees its own
-            document only, and sinks count from its start.
+        sink_logits: (Hq,), any float dtype: a logit a head, neither scaled nor capped, that joins the denominator and
+            the log-sum-exp and adds no value.
+        cu_seqlens: (documents + 1,) int32: borders of documents packed in one row (B = 1, Sq = Sk); a query sees its
+            own document only, and sinks count from its start.
         kv_start: (B,) int32: the first real key of each row of a left-padded batch; sinks count from it.
-        kv_end: (B,) int32: keys from here on are not written yet; the queries are the last before it, p = i + kv_end - Sq.
+        kv_end: (B,) int32: keys from here on are not written yet; the queries are the last before, p = i + kv_end - Sq.
         return_lse: return the log-sum-exp too.
 
     Returns:
