@@ -1,4 +1,4 @@
-"""Banded attention forward in PyTorch: a fused call a run on the CPU, explicit products elsewhere and with a soft cap."""
+"""Banded attention forward in PyTorch: a fused call a run on the CPU, explicit products elsewhere or with a cap."""
 
 from __future__ import annotations
 

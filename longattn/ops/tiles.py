@@ -25,7 +25,7 @@ Piece = tuple[int, int, Kind]  # rows start .. stop, and what they see
 
 @dataclass(frozen=True)
 class Run:
-    """`count` equal tiles; row r of a "band" tile sees columns lo[r] .. hi[r], and of the first `sinks` those <= hi[r]."""
+    """`count` equal tiles; row r of a "band" tile sees columns lo[r] .. hi[r], and the first `sinks` of those <= hi[r]."""
 
     query: int
     key: int
@@ -43,6 +43,10 @@ class Run:
     def tiles(self, start: int, count: int) -> Run:
         """`count` of the tiles, from `start` on."""
         return replace(self, query=self.query + start * self.step, key=self.key + start * self.key_step, count=count)
+
+    def shape(self) -> Run:
+        """One tile, wherever it stands."""
+        return replace(self, query=0, key=0, count=1, step=0, key_step=0)
 
     def narrowed(self, most: int) -> Iterator[Run]:
         """The same tiles with at most `most` rows; of a triangle each part has the keys that it sees and no others."""
@@ -226,8 +230,7 @@ def _join(runs: list[Run]) -> list[Run]:
             end = last.tiles(last.count - 1, 1)
             steps = {(run.query - end.query, run.key - end.key)}
             steps |= {(part.step, part.key_step) for part in (last, run) if part.count > 1}
-            shape = dict(query=0, key=0, count=1, step=0, key_step=0)
-            if len(steps) == 1 and replace(last, **shape) == replace(run, **shape):
+            if len(steps) == 1 and last.shape() == run.shape():
                 step, key_step = steps.pop()
                 joined[-1] = replace(last, count=last.count + run.count, step=step, key_step=key_step)
                 continue
