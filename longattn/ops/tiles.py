@@ -25,7 +25,7 @@ Piece = tuple[int, int, Kind]  # rows start .. stop, and what they see
 
 @dataclass(frozen=True)
 class Run:
-    """`count` equal tiles; row r of a "band" tile sees columns lo[r] .. hi[r], and the first `sinks` of those <= hi[r]."""
+    """`count` equal tiles; row r of a "band" tile sees columns lo[r] .. hi[r] and the first `sinks` up to hi[r]."""
 
     query: int
     key: int
