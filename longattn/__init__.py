@@ -5,7 +5,6 @@ ops behind it (also `torch.ops.longattn.*`). Importing costs no more than torch:
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from longattn.ops.apply_rope import apply_rope
@@ -13,6 +12,7 @@ from longattn.ops.dispatch import debug, force, which
 from longattn.ops.group_attention import group_attention
 from longattn.ops.window_attention import window_attention
 from longattn.rope import rope_cos_sin, rope_frequencies
+from longattn.transformers_hook import register_when_loaded
 
 if TYPE_CHECKING:
     from longattn.info import build_info
@@ -54,5 +54,4 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-if "transformers.modeling_utils" in sys.modules:
-    importlib.import_module("longattn.hf")
+register_when_loaded()
