@@ -114,10 +114,11 @@ def test_outputs_and_gradients_take_the_inputs_order_of_strides():
     wide = torch.randn(2, 19, 4, 40).transpose(1, 2)[..., :32]  # gaps between rows
     for x, expected in ((query, query.stride()), (key, key.stride()), (wide, query.stride())):
         x = x.detach().requires_grad_()
-        out, _ = longattn.apply_rope(x, key, angle.cos().float(), angle.sin().float())
-        assert out.stride() == expected
-        (grad,) = torch.autograd.grad(out.sum(), x)
-        assert grad.stride() == expected
+        for place, args in enumerate([(x, key), (query, x)]):
+            out = longattn.apply_rope(*args, angle.cos().float(), angle.sin().float())[place]
+            assert out.stride() == expected
+            (grad,) = torch.autograd.grad(out.sum(), x)
+            assert grad.stride() == expected
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -194,6 +195,12 @@ def test_compile_with_aot_autograd_equals_eager():
     assert torch.equal(*grads)
 
 
+def test_the_torch_op_refuses_tables_that_require_grad():
+    query, key, angle = inputs()
+    with pytest.raises(ValueError, match="apply_rope: cos and sin must not require grad"):
+        torch.ops.longattn.apply_rope(query, key, angle.cos().float().requires_grad_(), angle.sin().float(), False)
+
+
 def test_autocast_changes_nothing():
     query, key, angle = inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -219,7 +226,7 @@ BASE = dict(query=torch.zeros(2, 4, 5, 8), key=torch.zeros(2, 2, 5, 8), cos=torc
         (dict(cos=torch.zeros(5, 7)), ValueError, "holds each angle twice, got odd width 7"),
         (dict(sin=torch.zeros(5, 2)), ValueError, r"sin must have cos's shape \(5, 4\), got \(5, 2\)"),
         (dict(sin=torch.zeros(5, 4, dtype=torch.int64)), TypeError, "sin must have a float dtype, got torch.int64"),
-        (dict(sin=torch.zeros(5, 4, requires_grad=True)), ValueError, "sin must not require grad"),
+        (dict(sin=torch.zeros(5, 4, requires_grad=True)), ValueError, "sin must not require grad .* pass sin.detach"),
         (dict(interleaved=1), TypeError, "interleaved must be a bool, got 1"),
     ],
 )
