@@ -1,0 +1,82 @@
+"""What was measured on: processor, threads, load, versions, commit, date, and the machine's own ceilings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longattn.bench.timing import interleave, median_ms
+from longattn.info import build_info
+
+__all__ = ["ceilings", "load_average", "machine_facts"]
+
+MATRIX = 1024
+COPY_BYTES = 64 << 20
+
+
+def machine_facts() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        **{
+            name: fact for name, fact in build_info().items() if name in ("longattn", "python", "torch", "transformers")
+        },
+    }
+
+
+def load_average() -> float | None:
+    """Runnable threads over the last minute, this process's included."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def ceilings(dtypes: list[torch.dtype], *, rounds: int) -> dict[str, float]:
+    """Rates no op can beat: copied bytes (read and written) and matmul operations a second, in units of 1e9."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    calls = {"copy GB/s": lambda: target.copy_(source)}
+    work = {"copy GB/s": 2.0 * COPY_BYTES}
+    for dtype in dtypes:
+        name = f"matmul {str(dtype).removeprefix('torch.')} GFLOP/s"
+        matrix = torch.randn(MATRIX, MATRIX).to(dtype)
+        calls[name] = lambda matrix=matrix: matrix @ matrix  # type: ignore[misc]
+        work[name] = 2.0 * MATRIX**3
+    for call in calls.values():
+        call()
+    samples = interleave(calls, rounds=rounds, budget_s=2.0)
+    return {name: work[name] / (1e6 * median_ms(taken)) for name, taken in samples.items()}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        stripped = {name.strip(): text.strip() for name, text in fields.items()}
+        if "model name" in stripped:
+            numbers = ", ".join(f"{name} {stripped[name]}" for name in ("cpu family", "model") if name in stripped)
+            return f"{stripped['model name']} ({numbers})"
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from, with a + where the tree has changes; None elsewhere."""
+    tree = Path(__file__).parents[2]
+    if not (tree / ".git").exists():
+        return None
+    git = ["git", "-C", str(tree)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,78 @@
+"""The benchmark's pictures: ratios over longattn at each case, and growth over length and window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longattn.bench.compare import BACKWARD, FORWARD
+from longattn.bench.peers import OURS, PEERS
+from longattn.bench.report import Run
+
+__all__ = ["plot_comparison", "plot_scaling"]
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_comparison(run: Run, path: Path) -> None:
+    """Times over longattn's: right of the line a peer is slower. A row a case, forward beside forward+backward."""
+    cases = list(dict.fromkeys((entry.shape, entry.dtype) for entry in run.attention))
+    figure, axes = _figure(len(cases), 2, 12, 0.6 + 2.0 * len(cases))
+    colours = {peer.name: f"C{number}" for number, peer in enumerate(PEERS)}
+    for row, (shape, dtype) in enumerate(cases):
+        for column, work in enumerate((FORWARD, BACKWARD)):
+            axis = axes[row][column]
+            key = (shape, dtype, work)
+            entries = [entry for entry in run.attention if (entry.shape, entry.dtype, entry.work) == key]
+            timed = [(e.peer, e.ratio, e.median_ms) for e in reversed(entries) if e.ratio and e.median_ms]
+            ratios = [ratio for _, ratio, _ in timed]
+            names = [name for name, _, _ in timed]
+            bars = axis.barh(names, ratios, color=[colours.get(name, "grey") for name in names])
+            axis.bar_label(bars, [f"{ratio:.2f}x, {ms:,.3g} ms" for _, ratio, ms in timed], padding=3, fontsize=7)
+            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            axis.set_xlim(min(0.2, *ratios, 0.2) / 1.5, max(4.0, *ratios, 4.0) * 8)
+            axis.set_title(f"{shape}, {dtype}, {work}", fontsize=9)
+            axis.tick_params(labelsize=7)
+    facts = run.machine
+    figure.suptitle(
+        f"time over {OURS}'s: {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def plot_scaling(run: Run, path: Path) -> None:
+    """Time and memory over S and over W, on logarithmic axes, with the fitted exponents in the legend."""
+    figure, axes = _figure(2, 2, 11, 8)
+    fitted = {(fit.way, fit.quantity, fit.over): fit for fit in run.fits}
+    for row, quantity in enumerate(("time", "memory")):
+        for column, over in enumerate(("S", "W")):
+            axis = axes[row][column]
+            for way in dict.fromkeys(point.way for point in run.points):
+                series = [point for point in run.points if (point.way, point.over) == (way, over)]
+                pairs = [(p.size, p.median_ms if quantity == "time" else p.memory_bytes) for p in series]
+                known = [(size, value) for size, value in pairs if value]
+                if not known:
+                    continue
+                fit = fitted.get((way, quantity, over))
+                text = way if fit is None else f"{way}: {over}^{fit.exponent:.2f} (claimed {fit.claimed:g})"
+                axis.plot([size for size, _ in known], [value for _, value in known], marker="o", label=text)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel({"S": "S (tokens), at fixed W", "W": "W (keys), at fixed S"}[over])
+            axis.set_ylabel({"time": "forward (ms)", "memory": "peak above the inputs (bytes)"}[quantity])
+            if axis.has_data():
+                axis.legend(fontsize=7)
+    facts = run.machine
+    figure.suptitle(
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}", fontsize=9
+    )
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,109 @@
+"""`longattn bench`: longattn beside its peers on this machine, checked, then timed; JSON, PNG and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from longattn.bench.cases import DTYPES, QUICK_SHAPES, SHAPES, Case, parse_case
+from longattn.bench.compare import compare
+from longattn.bench.machine import ceilings, load_average, machine_facts
+from longattn.bench.memory import measure
+from longattn.bench.peers import peers_for
+from longattn.bench.report import Run, tables, write_json
+from longattn.bench.rope import QUICK_ROPE, ROPE, compare_rope
+from longattn.bench.scaling import GRID, QUICK_GRID, fits, measure_scaling
+
+__all__ = ["bench"]
+
+WIDTH = 160  # of a table that goes to a file or a pipe, where rich would assume 80
+Say = Callable[[str], None]
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, float32 unless --dtype says more.")] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Fit the growth of time and memory over S and W.")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, ...; may be repeated.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help=f"As {SHAPES[0]!r} or {SHAPES[3]!r}; may be repeated.")
+    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Only this peer, beside longattn; may be repeated.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every call. (default: torch's)")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Samples of each call. (default: 7, quick 3)")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which a call sits out rounds beyond its third.")] = 2.0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each peer in a process of its own.")] = True,
+    rope: Annotated[bool, typer.Option(help="Measure the rotary embedding too.")] = True,
+    out: Annotated[Path, typer.Option(help="Where JSON and PNG go.")] = Path("longattn-bench"),
+) -> None:
+    """Measure longattn beside its peers on this machine.
+
+    Every peer's result is checked against float64 before it is timed. All run in turns in one process on the same
+    threads; a ratio is a peer's median over longattn's. With --scaling, only growth is measured.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dtypes = dtype or (["float32"] if quick or scaling else ["float32", "bfloat16"])
+    rounds = rounds or (3 if quick else 7)
+    try:
+        cases = [parse_case(text, name) for name in dtypes for text in shape or (QUICK_SHAPES if quick else SHAPES)]
+        for case in cases:
+            peers_for(case.pattern, peer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console, progress = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    run = Run(" ".join(["longattn", *sys.argv[1:]]), machine_facts(), load_average())
+    with progress.status("starting") as status:
+        run.ceilings = ceilings([DTYPES[name] for name in dtypes], rounds=rounds)
+        if scaling:
+            for name in dtypes:
+                grid = QUICK_GRID if quick else GRID
+                points = measure_scaling(grid, name, rounds=min(rounds, 5), memory=memory, say=status.update)
+                run.points += points
+                run.fits += fits(points)
+        else:
+            _compare(run, cases, peer, rounds, budget, memory, status.update)
+            if rope:
+                where = QUICK_ROPE if quick else ROPE
+                for name in dtypes:
+                    status.update(f"rotary embedding, {name}")
+                    run.rope += compare_rope(where, DTYPES[name], rounds=rounds, budget_s=budget, compiled=not quick)
+    run.load_after = load_average()
+    for table in tables(run):
+        console.print(table, soft_wrap=isinstance(table, str))
+    _write(run, out, console, scaling)
+
+
+def _compare(
+    run: Run, cases: list[Case], names: list[str] | None, rounds: int, budget: float, memory: bool, say: Say
+) -> None:
+    for case in cases:
+        run.attention += compare(case, peers_for(case.pattern, names), rounds=rounds, budget_s=budget, say=say)
+    for case in cases[:1] if memory else []:
+        for peer in peers_for(case.pattern, names):
+            say(f"memory of {peer.name}")
+            run.memory.append(measure(case, peer))
+
+
+def _write(run: Run, out: Path, console: Console, scaling: bool) -> None:
+    """JSON, and a PNG where matplotlib is installed, named after what was measured and the day."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{'scaling' if scaling else 'cpu'}-{run.machine['date'][:10]}"
+    write_json(run, stem.with_suffix(".json"))
+    console.print(f"wrote {stem.with_suffix('.json')}", soft_wrap=True)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        console.print("no plot: this needs matplotlib: pip install 'longattn[plot]'")
+        return
+    from longattn.bench.plots import plot_comparison, plot_scaling
+
+    (plot_scaling if scaling else plot_comparison)(run, stem.with_suffix(".png"))
+    console.print(f"wrote {stem.with_suffix('.png')}", soft_wrap=True)
