@@ -1,5 +1,7 @@
 """Which path serves a call: which, force, choose, and a compiled module that does not load."""
 
+import doctest
+import importlib
 import os
 import shutil
 import subprocess
@@ -133,3 +135,9 @@ def test_a_compiled_module_that_does_not_load_warns_and_refuses_cuda(tmp_path):
     command = [sys.executable, "-c", BROKEN]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["ops.dispatch", "ops.apply_rope", "info"])
+def test_docstring_examples_run(module):
+    results = doctest.testmod(importlib.import_module(f"longattn.{module}"))
+    assert results.attempted and not results.failed
