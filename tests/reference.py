@@ -1,7 +1,6 @@
 """The float64 dense attention and the tolerance that every attention test and benchmark is held to.
 
-Written from the definitions alone (band, sinks, rows, documents), one query at a time where that is plainest; it
-shares no code with the package.
+Written from the definitions alone (band, sinks, rows, documents); it shares no code with the package.
 """
 
 from __future__ import annotations
@@ -34,33 +33,30 @@ def visible_mask(
 ) -> Tensor:
     """Which key each query sees: bool (batch, num_heads, sq, sk)."""
     mask = torch.zeros(batch, num_heads, sq, sk, dtype=torch.bool)
-    keys = key_start + torch.arange(sk)
+    keys = key_start + torch.arange(sk)[None, :]  # (1, sk)
     for b in range(batch):
-        end = int(kv_end[b]) if kv_end is not None else None
-        first = int(kv_start[b]) if kv_start is not None else 0
-        for i in range(sq):
-            if query_start is not None:
-                position = query_start + i
+        end = int(kv_end[b]) if kv_end is not None else key_start + sk
+        offset = query_start if query_start is not None else (end if kv_end is not None else sk) - sq
+        position = offset + torch.arange(sq)[:, None]  # (sq, 1)
+        start = torch.full((sq, 1), int(kv_start[b]) if kv_start is not None else 0)
+        stop = torch.full((sq, 1), end)
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.tolist()
+            for first, last in zip(bounds, bounds[1:], strict=False):
+                inside = (position >= first) & (position < last)
+                start, stop = torch.where(inside, first, start), torch.where(inside, last, stop)
+        real = (keys >= start) & (keys < stop) & (position >= start)
+        p, j = position - start, keys - start
+        for h in range(num_heads):
+            if window is not None:
+                low = j >= p - window[0] if window[0] >= 0 else torch.ones_like(real)
+                high = j <= p + window[1] if window[1] >= 0 else torch.ones_like(real)
             else:
-                position = i + (end if end is not None else sk) - sq
-            start, stop = first, math.inf
-            if cu_seqlens is not None:
-                bounds = cu_seqlens.tolist()
-                start, stop = max((a, z) for a, z in zip(bounds, bounds[1:], strict=False) if a <= position < z)
-            real = (keys >= start) & (keys < stop) & (keys < (end if end is not None else math.inf))
-            if position < start:
-                continue
-            p, j = position - start, keys - start
-            for h in range(num_heads):
-                if window is not None:
-                    low = j >= p - window[0] if window[0] >= 0 else torch.ones_like(real)
-                    high = j <= p + window[1] if window[1] >= 0 else torch.ones_like(real)
-                else:
-                    shift = shifts[h] if shifts is not None else 0
-                    begin = (p + shift) // group * group - shift
-                    low = j >= begin
-                    high = j <= (p if causal else begin + group - 1)
-                mask[b, h, i] = real & high & (low | (j < sinks))
+                shift = shifts[h] if shifts is not None else 0
+                begin = (p + shift) // group * group - shift
+                low = j >= begin
+                high = j <= (p if causal else begin + group - 1)
+            mask[b, h] = real & high & (low | (j < sinks))
     return mask
 
 
