@@ -67,11 +67,11 @@ def _attention(results: Results) -> list[str]:
     longest, longer = results.contexts[-1], _longer(results)
     base = results.row("none").zero_shot[results.length]
     rows = [row for row in results.table("attention") if not row.tuned]
-    held, lost = _split(rows, lambda row: row.zero_shot[longest], HELD_UNTRAINED * base)
+    held, lost = _split(rows, _worst, HELD_UNTRAINED * base)
     sentences = [
-        f"Attention changed, nothing trained: at {longest} tokens {_listed(held, lambda row: row.zero_shot[longest])} "
-        f"{_verb(held, 'holds', 'hold')}"
-        + (f"; {_listed(lost, lambda row: row.zero_shot[longest])} {_verb(lost, 'does', 'do')} not." if lost else ".")
+        f"Attention changed, nothing trained: at every length up to {longest} tokens {_listed(held, _worst)} "
+        f"{_verb(held, 'stays', 'stay')} within {HELD_UNTRAINED} times {base:.2f}"
+        + (f"; {_listed(lost, _worst)} {_verb(lost, 'does', 'do')} not." if lost else ".")
     ]
     for row in results.table("attention"):
         same_rope = next((other for other in _methods(results) if row.name.startswith(f"{other.name}, ")), None)
@@ -92,6 +92,10 @@ def _tokens(results: Results) -> str:
         f"the loss where one comes next goes from {tokens.loss_zero_shot:.2f} to {tokens.loss_tuned:.2f} nats "
         f"in the fine-tune."
     )
+
+
+def _worst(row: Row) -> float:
+    return max(row.zero_shot.values())
 
 
 def _methods(results: Results) -> list[Row]:

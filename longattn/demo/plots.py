@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longattn.demo.results import Results, Row
 
@@ -71,9 +71,9 @@ def _figure(results: Results, panels: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes
 
 
-def _styles(rows: Sequence[Row]) -> list[dict[str, object]]:
+def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The unchanged model dashed and grey, the others each a colour and a marker."""
-    styles: list[dict[str, object]] = []
+    styles: list[dict[str, Any]] = []
     for row in rows:
         if row.plan is None:
             styles.append({"color": BASELINE, "marker": "", "linestyle": "--", "linewidth": 1.8})
@@ -83,7 +83,7 @@ def _styles(rows: Sequence[Row]) -> list[dict[str, object]]:
     return styles
 
 
-def _line(axes: Axes, name: str, scores: Mapping[int, float], style: Mapping[str, object]) -> None:
+def _line(axes: Axes, name: str, scores: Mapping[int, float], style: Mapping[str, Any]) -> None:
     axes.plot(list(scores), list(scores.values()), label=name, **style)
 
 

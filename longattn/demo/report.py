@@ -73,7 +73,7 @@ def _table(title: str, results: Results, rows: Sequence[Row]) -> Table:
 
 def _label(row: Row) -> Text:
     meaning = MEANINGS.get(row.name)
-    return Text(row.name) if meaning is None else Text.assemble(row.name, (f" {meaning}", "dim"))
+    return Text(row.name) if meaning is None else Text.assemble(row.name, (f" ({meaning})", "dim"))
 
 
 def _cell(value: float | None, base: float) -> Text:
@@ -87,7 +87,8 @@ def _cell(value: float | None, base: float) -> Text:
 def _tokens(results: Results) -> Text:
     tokens = results.tokens
     lines = [
-        f"{token!r}: {before} -> {after}; norm of its row {tokens.row_norms[token]:.3f} (old rows {tokens.mean_row_norm:.3f})"
+        f"{token!r}: {before} -> {after}; norm of its row {tokens.row_norms[token]:.3f}, "
+        f"of old ones {tokens.mean_row_norm:.3f}"
         for token, (before, after) in tokens.encoded.items()
     ]
     lines.append(
@@ -98,7 +99,7 @@ def _tokens(results: Results) -> Text:
 
 
 def _texts(results: Results) -> RenderableType:
-    parts = []
+    parts: list[RenderableType] = []
     for one in results.continuations:
         parts.append(Text(f"{one.model}, after {one.prompt_tokens} tokens that end in:", style="dim"))
         parts.append(Padding(Text.assemble((one.prompt_end, "dim"), (one.text.rstrip(), "bold")), (0, 0, 1, 2)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Continuation", "Results", "Row", "TokenResult"]
+__all__ = ["Continuation", "Everything", "Results", "Row", "TokenResult"]
 
 
 @dataclass
@@ -50,6 +50,17 @@ class Continuation:
     prompt_tokens: int
     prompt_end: str
     text: str
+
+
+@dataclass
+class Everything:
+    """What the plan with all parts gives: its row, the new tokens, written texts, and what it changed, as text."""
+
+    row: Row
+    tokens: TokenResult
+    continuations: list[Continuation]
+    report: str
+    num_windows: int
 
 
 @dataclass

@@ -1,51 +1,39 @@
-"""The demo's course: extend the shipped model by each plan, reload, score, fine-tune, score, generate."""
+"""The demo's course: which rows there are, on how many processes they run, and what is written where."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import longattn
-import longattn.hf  # noqa: F401  (checkpoints whose attention was changed ask transformers for it)
-from longattn.checkpoint import extend_checkpoint
 from longattn.demo import MODEL_FOLDER
-from longattn.demo.evaluate import ScoringWindow, encode, perplexity, scoring_windows, token_loss
 from longattn.demo.findings import findings
-from longattn.demo.finetune import fine_tune, token_stream
-from longattn.demo.methods import (
-    NEW_TOKENS,
-    ROPE_METHODS,
-    Change,
-    attention_changes,
-    everything_change,
-    rope_changes,
-)
-from longattn.demo.results import Continuation, Results, Row, TokenResult
-from longattn.demo.text import Document, read_documents
+from longattn.demo.methods import ROPE_METHODS, Change, attention_changes, everything_change, rope_changes
+from longattn.demo.results import Everything, Results, Row
+from longattn.demo.row import EVALUATION_WORK, Bench, Progress
 
 __all__ = ["Settings", "run_demo"]
 
 RESULTS_FILE = "results.json"
-EVALUATION_WORK = 10.0  # what one row's scores cost, in fine-tuning steps; for the progress bar only
-PROMPT_WITH_TOKENS = (
-    "class Point:\n    def __init__(self, x):\n        self.x = x\n\n    def get_x(self):\n        return"
-)
-
-Progress = Callable[[str, float], None]
+MAX_WORKERS = 4  # each holds torch, transformers and a copy of the text, about 0.7 GB
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of the demo to run.
+    """How much of the demo to run; the numbers measured depend on these, and not on the workers.
 
     Args:
         methods: rope methods to try, of `methods.ROPE_METHODS`.
@@ -53,7 +41,7 @@ class Settings:
         windows: pieces of held-out text to score.
         tune_steps: optimizer steps of a fine-tune.
         tune_batch: windows of the new length in a step.
-        tune_chars: characters of the trained text that the windows are drawn from.
+        tune_chars: characters of the trained text that those windows are drawn from.
         new_tokens: tokens to generate.
         seed: of the windows drawn.
     """
@@ -67,19 +55,35 @@ class Settings:
     new_tokens: int = 96
     seed: int = 0
 
+    def changes(self, length: int) -> list[Change]:
+        """The rows of the tables, for a model of `length` tokens; that with all parts comes last."""
+        changes = [*rope_changes(self.methods, length, self.factor), *attention_changes(length, self.factor)]
+        return [*changes, everything_change(length, self.factor)]
+
     def work(self) -> float:
         """What `run_demo` will report to its `progress`, in all."""
-        changes = [*rope_changes(self.methods, 1, self.factor), *attention_changes(2, self.factor)]
-        changes.append(everything_change(2, self.factor))
-        return sum(EVALUATION_WORK + change.tuned * (self.tune_steps + EVALUATION_WORK) for change in changes)
+        return sum(
+            EVALUATION_WORK + change.tuned * (self.tune_steps + EVALUATION_WORK) for change in self.changes(length=2)
+        )
 
 
-def run_demo(out: Path, settings: Settings, progress: Progress = lambda doing, work: None) -> Results:
+def run_demo(
+    out: Path,
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda doing, work: None,
+) -> Results:
     """Run the demo, and write its checkpoints to `out`/checkpoints and its numbers to `out`/results.json.
+
+    It starts processes that import the calling program's main module, so a script calls it under
+    `if __name__ == "__main__"`.
 
     Args:
         out: a new or empty folder, or one that an earlier run wrote.
         settings: how much to run.
+        workers: processes that share the rows, each on one thread; by default one a core, at most four. So no thread
+            waits for another on a busy machine, and the numbers don't depend on how many cores there are.
         progress: called with what was done and how much work that was, of `settings.work()` in all.
 
     Raises:
@@ -88,145 +92,83 @@ def run_demo(out: Path, settings: Settings, progress: Progress = lambda doing, w
     started = time.perf_counter()
     checkpoints = _prepare(out)
     shutil.copytree(MODEL_FOLDER, checkpoints / "original")
-    return _Run(checkpoints, settings, progress).results(out, started)
+    length = json.loads((MODEL_FOLDER / "config.json").read_text())["max_position_embeddings"]
+    changes = settings.changes(length)
+    # the longest goes first, so that none is left to run alone for long
+    order = [changes[-1], *changes[:-1]]
+    done = _in_processes(checkpoints, settings, order, workers or min(_cores(), MAX_WORKERS), progress)
+    everything = next(one for one in done if isinstance(one, Everything))
+    rows = [one for one in done if isinstance(one, Row)]
+    results = Results(
+        settings=asdict(settings),
+        versions=_versions(),
+        length=length,
+        contexts=list(everything.row.zero_shot),
+        num_windows=everything.num_windows,
+        rows=[*rows, everything.row],
+        tokens=everything.tokens,
+        continuations=everything.continuations,
+        report=everything.report,
+    )
+    results.findings = findings(results)
+    results.seconds = round(time.perf_counter() - started, 1)
+    _write(out, {"complete": True, **results.to_dict()})
+    return results
 
 
-class _Run:
-    """One run: the texts as the shipped tokenizer reads them, and the steps that all plans share."""
-
-    def __init__(self, checkpoints: Path, settings: Settings, progress: Progress) -> None:
-        self.checkpoints, self.settings, self.progress = checkpoints, settings, progress
-        self.model, self.tokenizer = _load(checkpoints / "original")
-        self.length = self.model.config.max_position_embeddings
-        self.longer = self.length * settings.factor
-        self.contexts = [self.length, 2 * self.length, self.longer, 2 * self.longer]
-        self.scored = read_documents(scored=True, min_chars=2 * self.contexts[-1])
-        self.trained = read_documents(scored=False)
-        self.windows = self._windows(self.tokenizer)
-        self.stream = self._stream(self.tokenizer, self.trained)
-
-    def results(self, out: Path, started: float) -> Results:
-        """All rows, the new tokens, the generated texts; written as JSON."""
-        changes = rope_changes(self.settings.methods, self.length, self.settings.factor)
-        changes += attention_changes(self.length, self.settings.factor)
-        rows = [self._row(change) for change in changes]
-        everything, tokens, continuations, report = self._everything()
-        results = Results(
-            settings=asdict(self.settings),
-            versions=_versions(),
-            length=self.length,
-            contexts=self.contexts,
-            num_windows=len(self.windows),
-            rows=[*rows, everything],
-            tokens=tokens,
-            continuations=continuations,
-            report=report,
-        )
-        results.findings = findings(results)
-        results.seconds = round(time.perf_counter() - started, 1)
-        _write(out, {"complete": True, **results.to_dict()})
-        return results
-
-    def _row(self, change: Change) -> Row:
-        model, _, _ = self._extended(change)
-        return self._measure(change, model, self.windows, self.stream)
-
-    def _extended(self, change: Change) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-        """The checkpoint that the plan makes of the original, written and read back, as a user's would be."""
-        source, target = self.checkpoints / "original", self.checkpoints / change.folder
-        if change.plan is None:
-            return *_load(source), ""
-        report = extend_checkpoint(source, target, change.plan)
-        return *_load(target), str(report)
-
-    def _measure(
-        self, change: Change, model: PreTrainedModel, windows: list[ScoringWindow], stream: torch.Tensor
-    ) -> Row:
-        plan = None if change.plan is None else change.plan.to_dict()
-        row = Row(change.name, change.table, plan, self._scores(change.name, model, windows))
-        if change.tuned:
-            row.losses = self._tune(change.name, model, stream)
-            row.tuned = self._scores(change.name, model, windows)
-        return row
-
-    def _scores(self, name: str, model: PreTrainedModel, windows: list[ScoringWindow]) -> dict[int, float]:
-        scores = {}
-        for context in self.contexts:
-            scores[context] = perplexity(model, windows, context)
-            self.progress(f"{name}: scored with {context} tokens", EVALUATION_WORK / len(self.contexts))
-        return scores
-
-    def _tune(self, name: str, model: PreTrainedModel, stream: torch.Tensor) -> list[float]:
-        return fine_tune(
-            model,
-            stream,
-            context=self.longer,
-            steps=self.settings.tune_steps,
-            batch=self.settings.tune_batch,
-            seed=self.settings.seed,
-            on_step=lambda: self.progress(f"{name}: fine-tuning", 1.0),
-        )
-
-    def _everything(self) -> tuple[Row, TokenResult, list[Continuation], str]:
-        """The plan with all parts, fine-tuned, saved, read back, and generated from."""
-        change = everything_change(self.length, self.settings.factor)
-        model, tokenizer, report = self._extended(change)
-        windows, stream = self._windows(tokenizer), self._stream(tokenizer, self.trained)
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in NEW_TOKENS}
-        embedding = model.get_input_embeddings().weight.detach().clone()
-        before, places = token_loss(model, windows, self.longer, ids.values())
-        row = self._measure(change, model, windows, stream)
-        after, _ = token_loss(model, windows, self.longer, ids.values())
-        tokens = TokenResult(
-            ids=ids,
-            encoded={token: (encode(self.tokenizer, token), encode(tokenizer, token)) for token in NEW_TOKENS},
-            row_norms={token: embedding[row_id].norm().item() for token, row_id in ids.items()},
-            mean_row_norm=embedding[: len(self.tokenizer)].norm(dim=1).mean().item(),
-            places=places,
-            loss_zero_shot=before,
-            loss_tuned=after,
-        )
-        tuned = self.checkpoints / f"{change.folder}-tuned"
-        model.save_pretrained(tuned)
-        tokenizer.save_pretrained(tuned)
-        return row, tokens, self._continuations(*_load(tuned), windows), report
-
-    def _continuations(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: list[ScoringWindow]
-    ) -> list[Continuation]:
-        """The same long prompt to the original and the changed model, then a short one that holds the new tokens."""
-        room = self.longer - self.settings.new_tokens
-        prompts = [
-            ("original", self.model, self.tokenizer, self.windows[0].ids[-room:]),
-            ("everything-tuned", model, tokenizer, windows[0].ids[-room:]),
-            ("everything-tuned", model, tokenizer, encode(tokenizer, PROMPT_WITH_TOKENS)),
-        ]
-        return [_continue(*prompt, self.settings.new_tokens) for prompt in prompts]
-
-    def _windows(self, tokenizer: PreTrainedTokenizerBase) -> list[ScoringWindow]:
-        longest = self.contexts[-1]
-        windows = scoring_windows(self.scored, tokenizer, count=self.settings.windows, longest=longest)
-        if not windows:
-            raise ValueError(f"demo: no held-out file of the standard library is as long as {longest} tokens")
-        return windows
-
-    def _stream(self, tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> torch.Tensor:
-        return token_stream(documents, tokenizer, max_chars=self.settings.tune_chars)
+def _in_processes(
+    checkpoints: Path, settings: Settings, order: list[Change], workers: int, progress: Progress
+) -> list[Row | Everything]:
+    """Run the rows on processes that each read the text once, and pass on what they report."""
+    context = get_context("spawn")  # a fork of a process that has used torch's threads may hang
+    reports = context.Queue()
+    with ProcessPoolExecutor(workers, context, _start_worker, (checkpoints, settings, reports)) as pool:
+        futures = [pool.submit(_run_in_worker, change) for change in order]
+        try:
+            pending = set(futures)
+            while pending:
+                for doing, work in _waiting(reports):
+                    progress(doing, work)
+                done, pending = wait(pending, timeout=0.2)
+                for future in done:
+                    future.result()  # an error ends the run at once
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    # a process hands over the last of its reports as it ends
+    for doing, work in _waiting(reports):
+        progress(doing, work)
+    return [future.result() for future in futures]
 
 
-def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+def _waiting(reports: Any) -> Iterator[tuple[str, float]]:
+    while True:
+        try:
+            yield reports.get_nowait()
+        except Empty:
+            return
 
 
-@torch.no_grad()
-def _continue(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new_tokens: int
-) -> Continuation:
-    ids = torch.tensor([list(prompt)])  # (1, prompt)
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-    return Continuation(name, len(prompt), tokenizer.decode(list(prompt[-80:])), text)
+_worker: dict[str, Any] = {}  # of this process: what it was started with, and the bench that its first row builds
+
+
+def _start_worker(checkpoints: Path, settings: Settings, reports: Any) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    _worker["arguments"] = (checkpoints, settings, lambda doing, work: reports.put((doing, work)))
+
+
+def _run_in_worker(change: Change) -> Row | Everything:
+    if "bench" not in _worker:  # here, and not at the start, where an error would not reach the caller
+        _worker["bench"] = Bench(*_worker["arguments"])
+    return _worker["bench"].run(change)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _prepare(out: Path) -> Path:
@@ -243,7 +185,7 @@ def _prepare(out: Path) -> Path:
     return checkpoints
 
 
-def _write(out: Path, content: dict[str, object]) -> None:
+def _write(out: Path, content: dict[str, Any]) -> None:
     (out / RESULTS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -253,5 +195,4 @@ def _versions() -> dict[str, str]:
         "longattn": longattn.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "threads": str(torch.get_num_threads()),
     }
