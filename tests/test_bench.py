@@ -16,7 +16,7 @@ from longattn.bench.reference import dense_results
 from longattn.bench.report import goals_met
 from longattn.bench.rope import RopeShape, compare_rope
 from longattn.bench.scaling import Grid, fit_exponent, fits, measure_scaling
-from longattn.bench.timing import interleave
+from longattn.bench.timing import Sample, interleave, median_ms
 from longattn.cli import app
 from longattn.pattern import Pattern
 
@@ -121,6 +121,11 @@ def test_calls_take_turns_and_slow_ones_sit_out():
     samples = interleave(calls, rounds=3, budget_s=100.0)
     assert "".join(order) == "abcbcacab" and [len(taken) for taken in samples.values()] == [3, 3, 3]
     assert len(interleave(calls, rounds=9, budget_s=0.0, least=2)["a"]) == 2
+
+
+def test_median_is_by_the_clock_asked_for():
+    samples = [Sample(wall_s=0.5, cpu_s=0.2), Sample(wall_s=0.1, cpu_s=0.1), Sample(wall_s=0.3, cpu_s=0.4)]
+    assert (median_ms(samples, "wall"), median_ms(samples, "cpu")) == pytest.approx((300.0, 200.0))
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])

@@ -12,7 +12,7 @@ from longattn.bench.cases import Case
 from longattn.bench.peers import OURS, Attend, Peer
 from longattn.bench.reference import NAMES, Results, bounds, dense_results
 from longattn.bench.text import first_line
-from longattn.bench.timing import Sample, interleave, median_ms
+from longattn.bench.timing import Clock, Sample, interleave, median_ms
 from longattn.pattern import Pattern
 
 __all__ = ["BACKWARD", "FORWARD", "Entry", "compare"]
@@ -86,13 +86,20 @@ def _call(attend: Attend, inputs: tuple[Tensor, ...], work: str) -> Callable[[],
 
 
 def compare(
-    case: Case, peers: Sequence[Peer], *, rounds: int, budget_s: float, say: Callable[[str], None] = lambda text: None
+    case: Case,
+    peers: Sequence[Peer],
+    *,
+    rounds: int,
+    budget_s: float,
+    clock: Clock = "wall",
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Entry]:
     """Check and time the peers at one case.
 
     Args:
         peers: the first is longattn, which the ratios are over.
         rounds, budget_s: as for `interleave`.
+        clock: the one that medians and ratios are by.
         say: told what is done next.
 
     Returns:
@@ -119,7 +126,7 @@ def compare(
             if peer.compiled and peer.name in calls:
                 calls[peer.name]()
         samples = interleave(calls, rounds=rounds, budget_s=budget_s)
-        _record([entry for entry in entries if entry.work == work], case, samples)
+        _record([entry for entry in entries if entry.work == work], case, samples, clock)
     return entries
 
 
@@ -146,9 +153,9 @@ def _try(
     return tried
 
 
-def _record(entries: list[Entry], case: Case, samples: dict[str, list[Sample]]) -> None:
+def _record(entries: list[Entry], case: Case, samples: dict[str, list[Sample]], clock: Clock) -> None:
     """Put times into the entries; ratios are over longattn's median."""
-    medians = {name: median_ms(taken) for name, taken in samples.items()}
+    medians = {name: median_ms(taken, clock) for name, taken in samples.items()}
     for entry in entries:
         if entry.peer not in medians:
             continue

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longattn.bench.timing import interleave, median_ms
+from longattn.bench.timing import Clock, interleave, median_ms
 from longattn.info import build_info
 
 __all__ = ["ceilings", "load_average", "machine_facts"]
@@ -40,7 +40,7 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def ceilings(dtypes: list[torch.dtype], *, rounds: int) -> dict[str, float]:
+def ceilings(dtypes: list[torch.dtype], *, rounds: int, clock: Clock) -> dict[str, float]:
     """Rates no op can beat: copied bytes (read and written) and matmul operations a second, in units of 1e9."""
     source = torch.ones(COPY_BYTES // 4)
     target = torch.empty_like(source)
@@ -54,7 +54,7 @@ def ceilings(dtypes: list[torch.dtype], *, rounds: int) -> dict[str, float]:
     for call in calls.values():
         call()
     samples = interleave(calls, rounds=rounds, budget_s=2.0)
-    return {name: work[name] / (1e6 * median_ms(taken)) for name, taken in samples.items()}
+    return {name: work[name] / (1e6 * median_ms(taken, clock)) for name, taken in samples.items()}
 
 
 def _cpu_model() -> str:

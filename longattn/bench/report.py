@@ -17,6 +17,7 @@ from longattn.bench.memory import Growth
 from longattn.bench.rope import RopeEntry
 from longattn.bench.scaling import Fit, Point
 from longattn.bench.text import size
+from longattn.bench.timing import Clock
 
 __all__ = ["Run", "goals_met", "tables", "write_json"]
 
@@ -27,6 +28,7 @@ class Run:
 
     command: str
     machine: dict[str, Any]
+    clock: Clock = "wall"
     load_before: float | None = None
     load_after: float | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -65,7 +67,7 @@ def tables(run: Run) -> Iterator[Table | str]:
     if run.fits:
         yield _fits(run.fits)
     load = run.load_before if run.load_before is not None else 0.0
-    if load > 0.5:
+    if load > 0.5 and run.clock == "wall":
         yield f"The machine was busy before the run (load {load}): trust ratios, not times; repeat when it is quiet."
 
 
@@ -85,7 +87,8 @@ def _machine(run: Run) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['capability']}",
         f"longattn {facts['longattn']} (commit {facts['commit'] or 'unknown'}), torch {facts['torch']}, "
         f"Python {facts['python']}, {facts['date']}",
-        f"load average {run.load_before} before, {run.load_after} after" + (f"; ceilings: {rates}" if rates else ""),
+        f"{'wall-clock' if run.clock == 'wall' else 'processor'} time, load average {run.load_before} before, "
+        f"{run.load_after} after" + (f"; ceilings: {rates}" if rates else ""),
     ]
     return "\n".join(lines)
 

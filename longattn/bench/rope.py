@@ -11,7 +11,7 @@ from torch import Tensor
 
 import longattn
 from longattn.bench.text import first_line
-from longattn.bench.timing import Sample, interleave, median_ms
+from longattn.bench.timing import Clock, Sample, interleave, median_ms
 
 __all__ = ["QUICK_ROPE", "ROPE", "RopeEntry", "RopeShape", "compare_rope"]
 
@@ -50,7 +50,7 @@ class RopeEntry:
 
 
 def compare_rope(
-    shape: RopeShape, dtype: torch.dtype, *, rounds: int, budget_s: float, compiled: bool
+    shape: RopeShape, dtype: torch.dtype, *, rounds: int, budget_s: float, clock: Clock = "wall", compiled: bool
 ) -> list[RopeEntry]:
     """Check every way against float64, then time those that are right in turns.
 
@@ -82,7 +82,7 @@ def compare_rope(
                 del ready[name]
     del exact
     samples = interleave(ready, rounds=rounds, budget_s=budget_s)
-    medians = {name: median_ms(taken) for name, taken in samples.items()}
+    medians = {name: median_ms(taken, clock) for name, taken in samples.items()}
     for name, taken in samples.items():
         entries[name].samples, entries[name].median_ms = taken, medians[name]
         if "longattn" in medians:

@@ -12,7 +12,7 @@ import torch
 from longattn.bench.cases import Case, parse_case
 from longattn.bench.memory import measure
 from longattn.bench.peers import PEERS, Peer
-from longattn.bench.timing import Sample, interleave, median_ms
+from longattn.bench.timing import Clock, Sample, interleave, median_ms
 
 __all__ = ["GRID", "QUICK_GRID", "Fit", "Grid", "Point", "fit_exponent", "fits", "measure_scaling"]
 
@@ -83,7 +83,13 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def measure_scaling(
-    grid: Grid, dtype: str, *, rounds: int, memory: bool, say: Callable[[str], None] = lambda text: None
+    grid: Grid,
+    dtype: str,
+    *,
+    rounds: int,
+    memory: bool,
+    clock: Clock = "wall",
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
     """Time every size in turns with the others of its series, then measure memory, each in a process of its own.
 
@@ -103,10 +109,10 @@ def measure_scaling(
                 continue
             call = _call(way, case)
             point.samples = interleave({"first": call, "again": call}, rounds=1, budget_s=0)["again"]
-            point.median_ms = median_ms(point.samples)
+            point.median_ms = median_ms(point.samples, clock)
             timed[case.shape], found[case.shape] = call, point
         for shape, samples in interleave(timed, rounds=rounds, budget_s=2 * grid.most_s).items():
-            found[shape].samples, found[shape].median_ms = samples, median_ms(samples)
+            found[shape].samples, found[shape].median_ms = samples, median_ms(samples, clock)
         del timed
         for point in found.values() if memory else ():
             say(f"{way} over {over}: memory of {point.shape}")

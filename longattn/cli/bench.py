@@ -19,6 +19,7 @@ from longattn.bench.peers import peers_for
 from longattn.bench.report import Run, tables, write_json
 from longattn.bench.rope import QUICK_ROPE, ROPE, compare_rope
 from longattn.bench.scaling import GRID, QUICK_GRID, fits, measure_scaling
+from longattn.bench.timing import Clock
 
 __all__ = ["bench"]
 
@@ -37,6 +38,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every call. (default: torch's)")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Samples of each call. (default: 7, quick 3)")] = None,
     budget: Annotated[float, typer.Option(help="Seconds after which a call sits out rounds beyond its third.")] = 2.0,
+    clock: Annotated[Clock, typer.Option(help="Wall-clock time, or all threads' processor time.")] = "wall",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each peer in a process of its own.")] = True,
     rope: Annotated[bool, typer.Option(help="Measure the rotary embedding too.")] = True,
     out: Annotated[Path, typer.Option(help="Where JSON and PNG go.")] = Path("longattn-bench"),
@@ -59,13 +61,15 @@ def bench(
     console, progress = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    run = Run(" ".join(["longattn", *sys.argv[1:]]), machine_facts(), load_average())
+    run = Run(" ".join(["longattn", *sys.argv[1:]]), machine_facts(), clock, load_average())
     with progress.status("starting") as status:
-        run.ceilings = ceilings([DTYPES[name] for name in dtypes], rounds=rounds)
+        run.ceilings = ceilings([DTYPES[name] for name in dtypes], rounds=rounds, clock=clock)
         if scaling:
             for name in dtypes:
                 grid = QUICK_GRID if quick else GRID
-                points = measure_scaling(grid, name, rounds=min(rounds, 5), memory=memory, say=status.update)
+                points = measure_scaling(
+                    grid, name, rounds=min(rounds, 5), memory=memory, clock=clock, say=status.update
+                )
                 run.points += points
                 run.fits += fits(points)
         else:
@@ -74,7 +78,9 @@ def bench(
                 where = QUICK_ROPE if quick else ROPE
                 for name in dtypes:
                     status.update(f"rotary embedding, {name}")
-                    run.rope += compare_rope(where, DTYPES[name], rounds=rounds, budget_s=budget, compiled=not quick)
+                    run.rope += compare_rope(
+                        where, DTYPES[name], rounds=rounds, budget_s=budget, clock=clock, compiled=not quick
+                    )
     run.load_after = load_average()
     for table in tables(run):
         console.print(table, soft_wrap=isinstance(table, str))
@@ -85,7 +91,9 @@ def _compare(
     run: Run, cases: list[Case], names: list[str] | None, rounds: int, budget: float, memory: bool, say: Say
 ) -> None:
     for case in cases:
-        run.attention += compare(case, peers_for(case.pattern, names), rounds=rounds, budget_s=budget, say=say)
+        run.attention += compare(
+            case, peers_for(case.pattern, names), rounds=rounds, budget_s=budget, clock=run.clock, say=say
+        )
     for case in cases[:1] if memory else []:
         for peer in peers_for(case.pattern, names):
             say(f"memory of {peer.name}")
