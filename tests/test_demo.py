@@ -137,7 +137,7 @@ def test_tuning_moves_the_scores_and_trains_in_the_plan_s_pattern(demo):
     _, results, _ = demo
     assert len(results.row("linear").losses) == SETTINGS.tune_steps
     assert results.row("linear").tuned[1024] < 0.95 * results.row("linear").zero_shot[1024]
-    full, grouped = results.row("yarn"), results.row("yarn, train group:256+shift")
+    full, grouped = results.row("yarn"), results.row("yarn trained in group:256+shift")
     assert grouped.zero_shot == pytest.approx(full.zero_shot, rel=1e-3)  # served alike
     assert abs(grouped.losses[0] - full.losses[0]) > 1e-4  # trained otherwise
 

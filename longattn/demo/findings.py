@@ -67,14 +67,21 @@ def _attention(results: Results) -> list[str]:
     longest, longer = results.contexts[-1], _longer(results)
     base = results.row("none").zero_shot[results.length]
     rows = [row for row in results.table("attention") if not row.tuned]
-    held, lost = _split(rows, _worst, HELD_UNTRAINED * base)
+
+    def worst(row: Row) -> float:
+        return max(row.zero_shot[context] for context in results.contexts if context <= longer)
+
+    held, lost = _split(rows, worst, HELD_UNTRAINED * base)
+    further = [row for row in held if row.zero_shot[longest] <= HELD_UNTRAINED * base]
     sentences = [
-        f"Attention changed, nothing trained: at every length up to {longest} tokens {_listed(held, _worst)} "
+        f"Attention changed, nothing trained: at every length up to {longer} tokens {_listed(held, worst)} "
         f"{_verb(held, 'stays', 'stay')} within {HELD_UNTRAINED} times {base:.2f}"
-        + (f"; {_listed(lost, _worst)} {_verb(lost, 'does', 'do')} not." if lost else ".")
+        + (f"; {_listed(lost, worst)} {_verb(lost, 'does', 'do')} not." if lost else ".")
     ]
+    if further:
+        sentences.append(f"{_names(further)} {_verb(further, 'holds', 'hold')} {longest} tokens too.")
     for row in results.table("attention"):
-        same_rope = next((other for other in _methods(results) if row.name.startswith(f"{other.name}, ")), None)
+        same_rope = next((other for other in _methods(results) if row.name.startswith(f"{other.name} ")), None)
         if row.tuned and same_rope is not None:
             sentences.append(
                 f"Trained in shifted groups and served with full attention, {same_rope.name} reaches "
@@ -92,10 +99,6 @@ def _tokens(results: Results) -> str:
         f"the loss where one comes next goes from {tokens.loss_zero_shot:.2f} to {tokens.loss_tuned:.2f} nats "
         f"in the fine-tune."
     )
-
-
-def _worst(row: Row) -> float:
-    return max(row.zero_shot.values())
 
 
 def _methods(results: Results) -> list[Row]:

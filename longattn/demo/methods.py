@@ -55,8 +55,10 @@ def attention_changes(length: int, factor: int) -> list[Change]:
         Change(window, "attention", Plan(context=longer, attention=window), tuned=False),
         Change(sinks, "attention", Plan(context=longer, attention=sinks), tuned=False),
         Change(group, "attention", Plan(context=longer, attention=group), tuned=False),
-        Change(f"{MAIN_METHOD}, {sinks}", "attention", Plan(rope=rope, attention=sinks), tuned=False),
-        Change(f"{MAIN_METHOD}, train {group}", "attention", Plan(rope=rope, attention="full", train_attention=group)),
+        Change(f"{MAIN_METHOD} with {sinks}", "attention", Plan(rope=rope, attention=sinks), tuned=False),
+        Change(
+            f"{MAIN_METHOD} trained in {group}", "attention", Plan(rope=rope, attention="full", train_attention=group)
+        ),
     ]
 
 

@@ -48,8 +48,8 @@ class Settings:
 
     methods: Sequence[str] = field(default=ROPE_METHODS)
     factor: int = 4
-    windows: int = 32
-    tune_steps: int = 40
+    windows: int = 24
+    tune_steps: int = 30
     tune_batch: int = 4
     tune_chars: int = 2_000_000
     new_tokens: int = 96
