@@ -31,7 +31,7 @@ def print_results(results: Results, console: Console) -> None:
     longer, steps = results.length * results.settings["factor"], results.settings["tune_steps"]
     console.print(
         f"\nPerplexity per byte of the same last bytes of {results.num_windows} held-out pieces of Python's standard "
-        f"library,  the tokens in sight. Trained context {results.length}, extended to {longer}; "
+        f"library, by the tokens in sight. Trained context {results.length}, extended to {longer}; "
         f"fine-tuned for {steps} steps at {longer}.\n",
         highlight=False,
     )
