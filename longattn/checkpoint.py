@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longattn.checkpoint_source import (
+    GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     check_shapes,
     files_beside_weights,
@@ -113,7 +114,7 @@ class _Changed:
     tokenizer: PreTrainedTokenizerBase | None
     shards: Shards
     replaced: dict[str, Tensor]
-    new_generation: bool
+    new_generation: dict[str, Any]
     new_length: int | None
     report: Report
 
@@ -141,15 +142,16 @@ class _Changed:
             tokenizer=tokenizer,
             shards=shards,
             replaced={name: getattr(module, attribute).detach() for name, (module, attribute) in homes.items()},
-            new_generation=_as_dict(model.generation_config) != generation,
+            new_generation={
+                key: value for key, value in _as_dict(model.generation_config).items() if generation.get(key) != value
+            },
             new_length=new_length,
             report=report,
         )
 
     def write(self, folder: Path, progress: Progress | None) -> None:
         self.model.config.save_pretrained(folder)
-        if self.new_generation and self.model.generation_config is not None:
-            self.model.generation_config.save_pretrained(folder)
+        self._write_generation_config(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         for path in files_beside_weights(self.source):
@@ -161,8 +163,18 @@ class _Changed:
         tokenizer_config = folder / TOKENIZER_CONFIG
         if self.tokenizer is None and self.new_length is not None and tokenizer_config.is_file():
             fields = {**read_json(tokenizer_config), "model_max_length": self.new_length}
-            tokenizer_config.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write_json(tokenizer_config, fields)
         self.shards.write(folder, self.replaced, progress)
+
+    def _write_generation_config(self, folder: Path) -> None:
+        """Only what changed is written anew: transformers refuses to save some configs that it loads (Llama 2's)."""
+        if not self.new_generation or self.model.generation_config is None:
+            return
+        stored = self.source / GENERATION_CONFIG
+        if stored.is_file():
+            _write_json(folder / GENERATION_CONFIG, {**read_json(stored), **self.new_generation})
+        else:
+            self.model.generation_config.save_pretrained(folder)
 
     def check_written(self, folder: Path) -> None:
         """Read back what the new folder says about itself."""
@@ -179,8 +191,12 @@ class _Changed:
                 raise RuntimeError("extend: the tokenizer reads back other tokens than were saved")
 
 
-def _as_dict(generation_config: Any) -> dict[str, Any] | None:
-    return None if generation_config is None else generation_config.to_dict()
+def _as_dict(generation_config: Any) -> dict[str, Any]:
+    return {} if generation_config is None else generation_config.to_dict()
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _follow_length(report: Report, source: Path, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Report:

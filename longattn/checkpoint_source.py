@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "GENERATION_CONFIG",
     "TOKENIZER_CONFIG",
     "check_shapes",
     "files_beside_weights",
@@ -30,6 +31,7 @@ __all__ = [
 # Weights in other formats, or of other tools: they are not changed, so they are not part of a new checkpoint.
 OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def source_folder(src: str | os.PathLike[str]) -> Path:
@@ -103,7 +105,7 @@ def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if (source / "generation_config.json").is_file():
+    if (source / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from longattn.rope_keys import SCALING_KEYS, SHARED_KEYS, RopeValues, flat_parameters, is_nested, nearest, rope_keys
@@ -45,9 +46,7 @@ def _check_flat(rope: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise ValueError(f"Plan: {name} has an unknown key {key!r}{nearest(str(key), allowed)}")
         if value is None:
             raise ValueError(f"Plan: {name}[{key!r}] must have a value, got None")
-    parameters: dict[str, Any] = {
-        key: list(value) if isinstance(value, tuple) else copy.deepcopy(value) for key, value in rope.items()
-    }
+    parameters: dict[str, Any] = {key: _json_able(value) for key, value in rope.items()}
     if "type" in parameters:
         old = parameters.pop("type")
         if parameters.setdefault("rope_type", old) != old:
@@ -59,12 +58,21 @@ def _check_flat(rope: Mapping[str, Any], name: str) -> dict[str, Any]:
     return parameters
 
 
+def _json_able(value: Any) -> Any:
+    """A copy with lists for tuples, and Python's numbers for those of other libraries, which config.json can't hold."""
+    if isinstance(value, (list, tuple)):
+        return [_json_able(entry) for entry in value]
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return copy.deepcopy(value)
+
+
 def check_keys_fit(parameters: Mapping[str, Any], rope_type: str, name: str) -> None:
     """The original length is told with any type: the factor counts from it."""
     fitting = rope_keys(rope_type) | set(SHARED_KEYS) | {ORIGINAL}
     for key in parameters:
         if key not in fitting:
-            own = ", ".join(sorted(rope_keys(rope_type))) or "none"
+            own = ", ".join(sorted(rope_keys(rope_type))) or "none; name another rope_type, such as 'yarn'"
             raise ValueError(f"{name}: rope_type '{rope_type}' has no key '{key}'; its own keys are {own}")
 
 

@@ -134,7 +134,8 @@ def _rope_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
     """The config fields that a plan's rope and context change; empty where it has neither."""
     if plan.rope is None and plan.context is None:
         return {}
-    bounded = plan.attention is not None or layer_patterns(config) is not None
+    serving = plan.attention_patterns(config.num_hidden_layers) or layer_patterns(config)
+    bounded = serving is not None and all(pattern.kind != "full" for pattern in serving)
     change = resolve_rope(
         config.rope_parameters,
         config.max_position_embeddings,
@@ -167,7 +168,8 @@ def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rop
     for pattern in (*after["attention"], *after["train_attention"]):
         if pattern.kind == "group" and pattern.size > length:
             raise ValueError(f"extend: a group must fit into the model's {length} tokens, got {pattern}")
-    if before == after and not rope and plan.tokens is None:
+    hooked = layer_patterns(config) is None or config._attn_implementation == IMPLEMENTATION
+    if before == after and hooked and not rope and plan.tokens is None:
         listed = in_runs([str(pattern) for pattern in serving])
         raise ValueError(f"extend: the plan changes nothing: the layers attend by {listed} already")
     return _Attention(

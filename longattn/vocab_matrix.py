@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Matrices", "ModelState", "Part", "find_matrices", "grow"]
+__all__ = ["Matrices", "ModelState", "Part", "find_matrices", "follow_config", "grow"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # where a module keeps what is registered with it
@@ -138,6 +138,27 @@ def grow(model: PreTrainedModel, matrices: Matrices, rows: int) -> None:
     grown = find_matrices(model)
     if grown.rows != rows or grown.tied != matrices.tied or grown.output is not head:
         raise RuntimeError(f"add_tokens: {type(model).__name__} did not resize its embeddings to {rows} rows")
+
+
+def follow_config(model: PreTrainedModel, matrices: Matrices, old_rows: int, old_pad: int | None) -> None:
+    """Give modules the rows and the pad id that a model built from the changed config would have.
+
+    An embedding gives the row of its pad token no gradient. It follows where its decoder has taken its pad token out of
+    the config, which models that never pass one to their embedding don't.
+    """
+    from transformers import PreTrainedModel
+
+    config, embedding = model.config.get_text_config(), matrices.input
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for module in models:
+        if vars(module).get("vocab_size") == old_rows:
+            module.vocab_size = config.vocab_size
+    if embedding.padding_idx != old_pad or config.pad_token_id == old_pad:
+        return
+    for module in models:
+        held = vars(module).get("padding_idx", embedding) == old_pad
+        if held and module.get_input_embeddings() is embedding:
+            module.padding_idx = embedding.padding_idx = config.pad_token_id
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longattn.vocab_init import OldRows, RowRule
-from longattn.vocab_matrix import Matrices, ModelState, Part, find_matrices, grow
+from longattn.vocab_matrix import Matrices, ModelState, Part, find_matrices, follow_config, grow
 from longattn.vocab_tokens import NewToken, add_to, replace_contents, role_ids
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class TokenPlan:
 
     def _apply(self, matrices: Matrices) -> None:
         report = self.report
+        old_pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         if report.rows[1] > report.rows[0]:
             grow(self.model, matrices, report.rows[1])
         for new in self._new_rows:
@@ -146,6 +147,7 @@ class TokenPlan:
             raise RuntimeError("add_tokens: the tokenizer gave other ids than its copy did")
         for role, text in report.roles.items():
             _set_role_id(self.model, role, old_roles.get(role), report.ids[text])
+        follow_config(self.model, matrices, report.rows[0], old_pad)
 
     def undo(self) -> None:
         """Put model and tokenizer back as they were when `apply` was called; undo what came after it first.

@@ -1,5 +1,6 @@
 """Checkpoints changed on disk: which bytes stay, what reloads, what is refused, and that SRC is never touched."""
 
+import json
 import subprocess
 import sys
 
@@ -178,3 +179,11 @@ def test_preview_reports_the_same_and_writes_nothing(src, tmp_path, monkeypatch)
     report = preview_checkpoint(src, ALL)
     assert list(tmp_path.iterdir()) == []
     assert report == extend_checkpoint(src, tmp_path / "dst", ALL)
+
+
+def test_generation_config_that_transformers_will_not_save_is_carried_over(tmp_path):
+    src, dst = write_checkpoint(tmp_path / "src"), tmp_path / "dst"
+    stored = {"_from_model_config": True, "do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (src / "generation_config.json").write_text(json.dumps(stored))
+    extend_checkpoint(src, dst, longattn.Plan(tokens={"tokens": {"pad_token": "<pad>"}}))
+    assert read_json(dst / "generation_config.json") == {**stored, "pad_token_id": 60}

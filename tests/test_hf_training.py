@@ -144,3 +144,15 @@ def test_static_decode_compiles_into_one_graph():
         logits.append(step(ids[:, i : i + 1], past_key_values=cache, position_ids=position).logits)
     torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1
+
+
+def test_compiled_generate_serves_in_training_mode():
+    model = build("llama", torch.float32, num_hidden_layers=1)
+    extend(model, None, Plan(attention="window:3", train_attention="group:6"))
+    asked = dict(max_new_tokens=1, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    serving = model.generate(tokens(1, LENGTH), **asked).scores
+    model.train()
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    for got, expected in zip(model.generate(tokens(1, LENGTH), **asked).scores, serving, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -175,3 +176,14 @@ def test_plan_of_anything_is_made_or_refused(value):
 @given(st.dictionaries(st.sampled_from(["rope", "context", "attention", "train_attention", "tokens"]), VALUES))
 def test_plan_of_any_values_is_made_or_refused(mapping):
     test_plan_of_anything_is_made_or_refused.hypothesis.inner_test(mapping)
+
+
+def test_numbers_of_other_libraries_become_numbers_that_json_holds():
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": (Fraction(1, 2),),
+        "long_factor": [Fraction(2)],
+        "factor": Fraction(4),
+    }
+    stored = {**rope, "short_factor": [0.5], "long_factor": [2.0], "factor": 4.0}
+    assert json.loads(json.dumps(dict(Plan(rope=rope).rope))) == stored

@@ -252,3 +252,25 @@ def test_saved_config_names_the_implementation_for_any_reader(tmp_path):
     extend(model, None, Plan(attention="window:4"))
     model.config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path)._attn_implementation == "longattn"
+
+
+def test_plan_is_applied_again_where_another_implementation_took_its_place():
+    model = build("llama")
+    extend(model, None, Plan(attention="window:4"))
+    expected = model(tokens(1, 20)).logits
+    model.set_attn_implementation("sdpa")
+    extend(model, None, Plan(attention="window:4"))
+    assert torch.equal(model(tokens(1, 20)).logits, expected)
+
+
+@torch.no_grad()
+def test_layers_that_are_compiled_already_are_extended():
+    torch._dynamo.reset()
+    model, plain = (build("llama", torch.float32, num_hidden_layers=2) for _ in range(2))
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    ids = tokens(1, 20)
+    model(ids)
+    for changed in (model, plain):
+        extend(changed, None, Plan(attention="window:4, full"))
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)

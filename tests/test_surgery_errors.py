@@ -124,6 +124,22 @@ def test_attention_weights_are_refused():
     extend(model, None, Plan(rope=YARN))
 
 
+def test_attention_weights_are_refused_in_a_call():
+    model = build("llama")
+    extend(model, None, Plan(attention="window:4"))
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(IDS, output_attentions=True)
+
+
+def test_context_alone_needs_patterns_that_bound_the_distances():
+    for attention in ("full", "3 x window:8, 1 x full"):
+        with pytest.raises(ValueError, match="context alone changes no rotary frequency"):
+            extend(build("mistral"), None, Plan(context=128, attention=attention))
+    model = build("llama")
+    extend(model, None, Plan(context=128, attention="window:8, group:16"))
+    assert model.config.max_position_embeddings == 128
+
+
 def test_group_may_be_as_long_as_the_new_context():
     extend(build("llama"), None, Plan(rope=YARN, attention="group:256"))
     with pytest.raises(ValueError, match="the model's 256 tokens, got group:257"):

@@ -55,6 +55,8 @@ def longattn_attention(
         )
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError("longattn: every pattern is causal, got is_causal=False")
+    if kwargs.get("output_attentions"):
+        raise ValueError("longattn: output_attentions must be False: attention weights are never formed, got True")
     pattern = pattern_now(module)
     seen = None if torch.compiler.is_compiling() else _seen.get()
     if seen is not None:
@@ -103,8 +105,11 @@ def _inside_generate() -> bool:
     transformers gives the model no sign of it, and a forward without gradients in training mode may as well be the
     first pass of reentrant checkpointing. `generate` disables gradients, so a step that records them needs no look.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
+    return not torch.is_grad_enabled() and _generate_is_calling()
+
+
+@torch.compiler.disable(reason="longattn: whether generate calls is not seen in one graph: call model.eval() first")
+def _generate_is_calling() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _GENERATE:

@@ -42,7 +42,8 @@ def check_attention(model: PreTrainedModel) -> str:
     _check_caches(model, patterns)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return f"{len(patterns)} layers are hooked; caches keep every key that they see"
-    with calls_seen() as calls, _evaluating(model), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # a compiled layer runs no Python that could be looked at
+    with calls_seen() as calls, _evaluating(model), torch.no_grad(), eager:
         device = model.get_input_embeddings().get_parameter("weight").device
         model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     found = {layer_of(module): pattern for module, pattern in calls}
