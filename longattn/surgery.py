@@ -67,7 +67,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
         if rope:
             changes += _set_fields(config, rope)
             rebuild_rotary_modules(model)
-            changes += _lengthen(tokenizer, changes)
+            changes += _lengthen(model, tokenizer, changes)
             proofs.append(check_rotary_modules(model))
         if attention is not None:
             changes += _hook(model, family, attention)
@@ -110,6 +110,7 @@ def restore(model: PreTrainedModel) -> Report:
     with unchanged_on_error(model):
         del config.longattn
         changes = _set_fields(config, fields)
+        changes += _lengthen(model, None, changes)
         if "rope_parameters" in fields:
             rebuild_rotary_modules(model)
             proofs.append(check_rotary_modules(model))
@@ -226,16 +227,20 @@ def _set_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[Change
     return [change for change in changes if change.before != change.after]
 
 
-def _lengthen(tokenizer: PreTrainedTokenizerBase | None, changes: list[Change]) -> list[Change]:
-    """Let a tokenizer that knows the model's length follow it."""
-    length = next(
-        (change.after for change in changes if change.what == "max_position_embeddings"),
-        None,
-    )
-    if tokenizer is None or length is None or tokenizer.model_max_length >= NO_LIMIT:
+def _lengthen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, changes: list[Change]) -> list[Change]:
+    """Let what knows the model's length follow it: generation where that was its limit, a tokenizer that has one."""
+    change = next((change for change in changes if change.what == "max_position_embeddings"), None)
+    if change is None:
         return []
-    before, tokenizer.model_max_length = tokenizer.model_max_length, length
-    return [Change("tokenizer.model_max_length", before, length)]
+    followed = []
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.max_length == change.before:
+        generation.max_length = change.after
+        followed.append(Change("generation_config.max_length", change.before, change.after))
+    if tokenizer is not None and tokenizer.model_max_length < NO_LIMIT:
+        before, tokenizer.model_max_length = tokenizer.model_max_length, change.after
+        followed.append(Change("tokenizer.model_max_length", before, change.after))
+    return followed
 
 
 def _hook(model: PreTrainedModel, family: Family, attention: _Attention) -> list[Change]:

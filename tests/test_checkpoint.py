@@ -187,3 +187,10 @@ def test_generation_config_that_transformers_will_not_save_is_carried_over(tmp_p
     (src / "generation_config.json").write_text(json.dumps(stored))
     extend_checkpoint(src, dst, longattn.Plan(tokens={"tokens": {"pad_token": "<pad>"}}))
     assert read_json(dst / "generation_config.json") == {**stored, "pad_token_id": 60}
+
+
+def test_limit_of_generation_follows_on_disk(tmp_path):
+    src, dst = write_checkpoint(tmp_path / "src"), tmp_path / "dst"
+    edit_json(src / "generation_config.json", max_length=64)
+    extend_checkpoint(src, dst, ROPE)
+    assert read_json(dst / "generation_config.json") == {**read_json(src / "generation_config.json"), "max_length": 256}

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from longattn.plan import Plan
+from longattn.report import Change
 from longattn.rope import rope_frequencies
 from longattn.surgery import extend, restore
 
@@ -261,6 +262,22 @@ def test_plan_is_applied_again_where_another_implementation_took_its_place():
     model.set_attn_implementation("sdpa")
     extend(model, None, Plan(attention="window:4"))
     assert torch.equal(model(tokens(1, 20)).logits, expected)
+
+
+def test_limit_of_generation_follows_the_length_that_it_was(tmp_path):
+    model = build("llama")
+    model.generation_config.max_length = 64
+    report = extend(model, None, Plan(rope=YARN))
+    assert Change("generation_config.max_length", 64, 256) in report.changes
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.max_length == 256
+    restore(loaded)
+    assert loaded.generation_config.max_length == 64
+    model = build("llama")
+    model.generation_config.max_length = 50
+    extend(model, None, Plan(rope=YARN))
+    assert model.generation_config.max_length == 50
 
 
 @torch.no_grad()
