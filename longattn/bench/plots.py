@@ -8,6 +8,7 @@ from typing import Any
 from longattn.bench.compare import BACKWARD, FORWARD
 from longattn.bench.peers import OURS, PEERS
 from longattn.bench.report import Run
+from longattn.bench.text import milliseconds
 
 __all__ = ["plot_comparison", "plot_scaling"]
 
@@ -19,6 +20,12 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _facts(run: Run) -> str:
+    machine, clock = run.machine, "wall-clock" if run.clock == "wall" else "processor"
+    facts = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}"
+    return f"{facts}, {clock} time"
 
 
 def plot_comparison(run: Run, path: Path) -> None:
@@ -35,17 +42,15 @@ def plot_comparison(run: Run, path: Path) -> None:
             ratios = [ratio for _, ratio, _ in timed]
             names = [name for name, _, _ in timed]
             bars = axis.barh(names, ratios, color=[colours.get(name, "grey") for name in names])
-            axis.bar_label(bars, [f"{ratio:.2f}x, {ms:,.3g} ms" for _, ratio, ms in timed], padding=3, fontsize=7)
+            axis.bar_label(
+                bars, [f"{ratio:.2f}x, {milliseconds(ms)} ms" for _, ratio, ms in timed], padding=3, fontsize=7
+            )
             axis.axvline(1.0, color="black", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_xlim(min(0.2, *ratios, 0.2) / 1.5, max(4.0, *ratios, 4.0) * 8)
             axis.set_title(f"{shape}, {dtype}, {work}", fontsize=9)
             axis.tick_params(labelsize=7)
-    facts = run.machine
-    figure.suptitle(
-        f"time over {OURS}'s: {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}",
-        fontsize=9,
-    )
+    figure.suptitle(f"a peer's time over {OURS}'s: {_facts(run)}", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -71,8 +76,5 @@ def plot_scaling(run: Run, path: Path) -> None:
             axis.set_ylabel({"time": "forward (ms)", "memory": "peak above the inputs (bytes)"}[quantity])
             if axis.has_data():
                 axis.legend(fontsize=7)
-    facts = run.machine
-    figure.suptitle(
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date'][:10]}", fontsize=9
-    )
+    figure.suptitle(_facts(run), fontsize=9)
     figure.savefig(path, dpi=110)

@@ -16,7 +16,7 @@ from longattn.bench.compare import Entry
 from longattn.bench.memory import Growth
 from longattn.bench.rope import RopeEntry
 from longattn.bench.scaling import Fit, Point
-from longattn.bench.text import size
+from longattn.bench.text import milliseconds, size
 from longattn.bench.timing import Clock
 
 __all__ = ["Run", "goals_met", "tables", "write_json"]
@@ -96,7 +96,7 @@ def _machine(run: Run) -> str:
 def _time(ms: float | None, ratio: float | None, trouble: str) -> tuple[str, str]:
     if ms is None:
         return trouble or "not measured", ""
-    return f"{ms:,.4g}", "" if ratio is None else f"{ratio:.2f}x"
+    return milliseconds(ms), "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _attention(title: str, entries: list[Entry]) -> Table:
@@ -142,7 +142,7 @@ def _memory(title: str, growths: list[Growth]) -> Table:
 def _points(points: list[Point]) -> Table:
     table = _table("growth", "way", "over", "shape", "ms", "peak memory", "note")
     for point in points:
-        time = "" if point.median_ms is None else f"{point.median_ms:,.4g}"
+        time = "" if point.median_ms is None else milliseconds(point.median_ms)
         table.add_row(point.way, point.over, point.shape, time, size(point.memory_bytes), point.trouble)
     return table
 

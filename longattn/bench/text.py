@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "size"]
+__all__ = ["first_line", "milliseconds", "size"]
 
 
 def first_line(error: BaseException) -> str:
@@ -16,3 +16,8 @@ def first_line(error: BaseException) -> str:
 def size(number: float | None) -> str:
     """Bytes in MiB."""
     return "" if number is None else f"{number / 2**20:,.0f} MiB"
+
+
+def milliseconds(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -62,7 +62,7 @@ def bench(
     if not console.is_terminal:
         console = Console(width=WIDTH)
     run = Run(" ".join(["longattn", *sys.argv[1:]]), machine_facts(), clock, load_average())
-    with progress.status("starting") as status:
+    with progress.status("starting", refresh_per_second=2) as status:
         run.ceilings = ceilings([DTYPES[name] for name in dtypes], rounds=rounds, clock=clock)
         if scaling:
             for name in dtypes:
