@@ -72,6 +72,10 @@ def plot_scaling(run: Run, path: Path) -> None:
                 axis.plot([size for size, _ in known], [value for _, value in known], marker="o", label=text)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            if axis.has_data() and high < 10 * low:  # a flat series fills the picture with noise otherwise
+                middle = (low * high) ** 0.5
+                axis.set_ylim(middle / 10**0.5, middle * 10**0.5)
             axis.set_xlabel({"S": "S (tokens), at fixed W", "W": "W (keys), at fixed S"}[over])
             axis.set_ylabel({"time": "forward (ms)", "memory": "peak above the inputs (bytes)"}[quantity])
             if axis.has_data():

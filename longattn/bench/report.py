@@ -67,7 +67,7 @@ def tables(run: Run) -> Iterator[Table | str]:
     if run.fits:
         yield _fits(run.fits)
     load = run.load_before if run.load_before is not None else 0.0
-    if load > 0.5 and run.clock == "wall":
+    if load > 1.0 and run.clock == "wall":
         yield f"The machine was busy before the run (load {load}): trust ratios, not times; repeat when it is quiet."
 
 
