@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,11 +99,9 @@ def _flex(case: Case) -> Attend:
 
 
 def _local_attention(case: Case) -> Attend:
-    from local_attention import LocalAttention  # type: ignore[import-untyped]
-
     if case.kv_heads != case.heads:
         raise ValueError("as many key/value heads as query heads only")
-    attend = LocalAttention(
+    attend = importlib.import_module("local_attention").LocalAttention(
         case.pattern.size, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False, scale=None
     )
 
