@@ -66,7 +66,7 @@ def _few_heads(part: Part, query: Tensor, key: Tensor) -> list[Part]:
     heads, (b0, b1) = part.heads, part.segment.batch
     most = heads.count
     if heads.key_step and is_low(query.dtype):
-        most = max(1, key.shape[0] * key.shape[1] // 4)
+        most = max(1, key.shape[0] * key.shape[1] // 8)
     few = [heads.part(h, min(most, heads.count - h)) for h in range(0, heads.count, most)]
     rows = [replace(part.segment, batch=(b, b + 1)) for b in range(b0, b1)]
     return [replace(part, segment=segment, heads=some) for segment in rows for some in few]
@@ -100,7 +100,9 @@ def _heads_of(x: Tensor, segment: Segment, heads: Heads) -> Tensor:
 def _fused(part: Part, run: Run, inputs: Inputs, dq: Tensor, sums: list[Tensor], job: Job) -> None:
     """One run through PyTorch's own CPU flash backward, some tiles at a time: each tile's dK and dV come apart."""
     query = inputs[1]
-    budget = max(query.shape[0] * query.shape[1] * query.shape[2], 1 << 17)  # rows of dq, dk and dv in a call
+    total = query.shape[0] * query.shape[1] * query.shape[2]
+    # rows of dq, dk and dv in a call; for low dtypes PyTorch holds them in float32 as well
+    budget = max(total // (12 if is_low(query.dtype) else 2), 1 << 14)
     most = max(1, budget // (part.heads.count * (run.rows + 2 * run.cols)))
     mask = additive_mask(run, query.dtype, query.device)
     segment, heads = part.segment, part.heads
