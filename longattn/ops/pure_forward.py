@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.ops.band import WindowBand
 from longattn.ops.layout import empty_like_order
 from longattn.ops.scores import (
     SLAB,
@@ -51,8 +52,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, job: Job, sink_logits: Te
 
 
 def _block_rows(query: Tensor, job: Job) -> int:
-    """Rows of a sliding tile: the fused call splits queries by 32; from 192 rows on by 64, packed for AMX."""
-    return 256 if is_fused(query, job) and is_low(query.dtype) and has_amx() else 32
+    """Rows of a sliding tile: 32, as the fused call splits queries; with AMX and wide windows 256, which it packs."""
+    widths = [band.left + band.right for _, band in job.bands if isinstance(band, WindowBand)]
+    wide = is_low(query.dtype) and max(widths, default=0) > 256
+    return 256 if wide and is_fused(query, job) and has_amx() else 32
 
 
 def _covers(work: list[Part], query: Tensor) -> bool:
