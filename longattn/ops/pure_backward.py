@@ -100,9 +100,9 @@ def _heads_of(x: Tensor, segment: Segment, heads: Heads) -> Tensor:
 def _fused(part: Part, run: Run, inputs: Inputs, dq: Tensor, sums: list[Tensor], job: Job) -> None:
     """One run through PyTorch's own CPU flash backward, some tiles at a time: each tile's dK and dV come apart."""
     query = inputs[1]
-    total = query.shape[0] * query.shape[1] * query.shape[2]
+    num_rows = query.shape[0] * query.shape[1] * query.shape[2]
     # rows of dq, dk and dv in a call; for low dtypes PyTorch holds them in float32 as well
-    budget = max(total // (12 if is_low(query.dtype) else 2), 1 << 14)
+    budget = max(num_rows // (12 if is_low(query.dtype) else 2), 1 << 14)
     most = max(1, budget // (part.heads.count * (run.rows + 2 * run.cols)))
     mask = additive_mask(run, query.dtype, query.device)
     segment, heads = part.segment, part.heads
