@@ -66,7 +66,7 @@ def _few_heads(part: Part, query: Tensor, key: Tensor) -> list[Part]:
     heads, (b0, b1) = part.heads, part.segment.batch
     most = heads.count
     if heads.key_step and is_low(query.dtype):
-        most = max(1, key.shape[0] * key.shape[1] // 4)
+        most = max(1, key.shape[0] * key.shape[1] // 8)
     few = [heads.part(h, min(most, heads.count - h)) for h in range(0, heads.count, most)]
     rows = [replace(part.segment, batch=(b, b + 1)) for b in range(b0, b1)]
     return [replace(part, segment=segment, heads=some) for segment in rows for some in few]
