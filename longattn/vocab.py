@@ -12,6 +12,7 @@ from longattn.vocab_init import Init, RowRule, describe, read_init
 from longattn.vocab_matrix import Matrices, find_matrices
 from longattn.vocab_plan import TokenPlan, TokenReport, make_rows
 from longattn.vocab_tokens import existing_id, new_tokens, stage
+from longattn.wrappers import check_model
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -143,10 +144,9 @@ def prepare_tokens(
 
 
 def _check_types(model: object, tokenizer: object) -> None:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"add_tokens: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model("add_tokens", model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"add_tokens: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
 

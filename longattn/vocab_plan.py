@@ -128,7 +128,9 @@ class TokenPlan:
         state = ModelState(self.model, matrices, list(report.ids.values()))
         self._before = state, copy.deepcopy(self.tokenizer)
         try:
-            self._apply(matrices)
+            # what inference mode makes can never be trained, so rows are made in the mode of the matrices themselves
+            with torch.inference_mode(matrices.input.weight.is_inference()):
+                self._apply(matrices)
         except BaseException:
             self.undo()
             raise
@@ -159,7 +161,8 @@ class TokenPlan:
             raise RuntimeError("add_tokens: nothing was applied that could be undone")
         state, tokenizer = self._before
         self._before = None
-        state.restore()
+        with torch.inference_mode(self._matrices.input.weight.is_inference()):
+            state.restore()
         replace_contents(self.tokenizer, tokenizer)
 
 

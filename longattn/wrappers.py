@@ -1,0 +1,44 @@
+"""What may be given as a model: one of transformers' own, and no wrapper around one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["check_model"]
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no transformers model, saying when it only wraps one.
+
+    A wrapper (PEFT's, `torch.compile`'s, data parallelism's) may hold the embeddings, configs or forward that it was
+    made from, so that a change beneath it would be seen in part.
+
+    Args:
+        function: the name that the error starts with.
+        model: what was given to it.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+
+    Example:
+        >>> check_model("extend", model)
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    got = type(model).__name__
+    inner = _wrapped(model, PreTrainedModel)
+    if inner is not None:
+        got += (
+            f" around a {type(inner).__name__}; give the model itself, before adapters, torch.compile or data "
+            "parallelism wrap it"
+        )
+    raise TypeError(f"{function}: model must be a transformers PreTrainedModel, got {got}")
+
+
+def _wrapped(model: object, kind: type[nn.Module]) -> nn.Module | None:
+    """The outermost module of a kind inside another module."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
