@@ -33,19 +33,12 @@ class AttentionLayer:
         heads: Hq.
         kv_heads: Hkv.
         head_dim: D, channels.
-        cache_window: the window of a sliding cache in tokens, the next query's own included; None where the cache keeps
-            all keys.
     """
 
     pattern: Pattern
     heads: int
     kv_heads: int
     head_dim: int
-    cache_window: int | None = None
-
-    def cached_tokens(self, num_tokens: int) -> int:
-        """Tokens whose keys a cache holds after `num_tokens`; a sliding one drops what the next query can't see."""
-        return num_tokens if self.cache_window is None else min(num_tokens, self.cache_window - 1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ def decode_flops(layers: Sequence[AttentionLayer], num_tokens: int) -> float:
 
 
 def kv_cache_bytes(layers: Sequence[AttentionLayer], num_tokens: int, dtype_bytes: int) -> int:
-    """Bytes of the keys and values that transformers' cache holds: `2 * Hkv * D * bytes * tokens`, over the layers.
+    """Bytes of the keys and values that a cache has to hold: `2 * Hkv * D * bytes * tokens`, over the layers.
 
     Args:
         layers: the attention of each layer.
@@ -119,7 +112,9 @@ def kv_cache_bytes(layers: Sequence[AttentionLayer], num_tokens: int, dtype_byte
         >>> kv_cache_bytes([AttentionLayer(Pattern("full"), heads=4, kv_heads=2, head_dim=8)], 100, 2)
         6400
     """
-    return sum(2 * layer.kv_heads * layer.head_dim * dtype_bytes * layer.cached_tokens(num_tokens) for layer in layers)
+    return sum(
+        2 * layer.kv_heads * layer.head_dim * dtype_bytes * layer.pattern.cached_tokens(num_tokens) for layer in layers
+    )
 
 
 def stock_mask_bytes(layers: Sequence[AttentionLayer], num_tokens: int) -> int:

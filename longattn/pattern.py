@@ -66,11 +66,17 @@ class Pattern:
         half = _visible(self, num_tokens, 0)
         return half if not self.shift else (half + _visible(self, num_tokens, self.shift)) / 2
 
-    def keys_needed(self, num_tokens: int) -> int:
-        """Keys that a cache must hold so that the next query after `num_tokens` sees all that the pattern shows it."""
-        if self.kind == "full":
-            return num_tokens
-        return min(num_tokens, self.size + self.sinks)
+    def cached_tokens(self, num_tokens: int) -> int:
+        """Tokens of `num_tokens` whose keys a cache has to hold for the queries to come.
+
+        A window needs the W - 1 before the next query, and its sinks. A cache drops whole groups, and of groups that are
+        shifted in half of the heads holds those that either half needs: at most 2 G - 2 tokens; with sinks all.
+        """
+        if self.kind == "window":
+            return min(num_tokens, self.size - 1 + self.sinks)
+        if self.kind == "group" and not self.sinks:
+            return num_tokens - max(num_tokens - (self.size - 1), 0) // self.size * self.size
+        return num_tokens
 
     def attend(
         self,

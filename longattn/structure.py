@@ -40,7 +40,7 @@ class LayerStructure:
         heads: query heads.
         kv_heads: key-value heads.
         head_dim: channels of a head.
-        cached_tokens: tokens that a cache holds after a text of the length that is looked at.
+        cached_tokens: tokens that a cache has to hold after a text of the length that is looked at.
     """
 
     attention: str
@@ -152,8 +152,6 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         TypeError: `context` is no int.
         ValueError: the family is not served, or `context` is below 1.
     """
-    from transformers import DynamicCache
-
     from longattn.hf.families import family_of
     from longattn.hf.record import layer_patterns
     from longattn.hf.rope import head_dim_of
@@ -166,12 +164,8 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
     serving = layer_patterns(config, "attention") or own
     training = layer_patterns(config, "train_attention") or own
     head_dim = head_dim_of(config)
-    slots = DynamicCache(config=config).layers
     shapes = tuple(
-        AttentionLayer(
-            pattern, config.num_attention_heads, config.num_key_value_heads, head_dim, _cache_window(slots, layer)
-        )
-        for layer, pattern in enumerate(serving)
+        AttentionLayer(pattern, config.num_attention_heads, config.num_key_value_heads, head_dim) for pattern in serving
     )
     ropes = [_layer_rope(config, layer, head_dim, context) for layer in range(len(shapes))]
     layers = [
@@ -183,7 +177,7 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=head_dim,
-            cached_tokens=shape.cached_tokens(context),
+            cached_tokens=shape.pattern.cached_tokens(context),
         )
         for shape, train, (rope_type, wavelengths) in zip(shapes, training, ropes, strict=True)
     ]
@@ -193,12 +187,6 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
     return Structure(
         config.model_type, config.max_position_embeddings, context, layers, _costs(decoder, context, stock)
     )
-
-
-def _cache_window(slots: list[Any], layer: int) -> int | None:
-    """transformers' cache makes one layer for each of a config's, or the same kind for all of them as they come."""
-    slot = slots[layer] if layer < len(slots) else None
-    return slot.sliding_window if slot is not None and slot.is_sliding else None
 
 
 def _costs(decoder: Decoder, context: int, stock: bool) -> Costs:

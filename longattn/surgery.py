@@ -63,14 +63,14 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     changes: list[Change] = []
     proofs: list[str] = []
     with unchanged_on_error(model, tokenizer):
-        _write_record(config, plan, {**rope, **({} if attention is None else attention.fields)})
+        _write_record(config, plan, [*rope, *([] if attention is None else ["attn_implementation"])])
         if rope:
             changes += _set_fields(config, rope)
             rebuild_rotary_modules(model)
             changes += _lengthen(model, tokenizer, changes)
             proofs.append(check_rotary_modules(model))
         if attention is not None:
-            changes += _hook(model, family, attention)
+            changes += _hook(model, attention)
             proofs.append(check_attention(model))
         if tokens is not None:
             proofs.append(_add(tokens))
@@ -116,7 +116,6 @@ def restore(model: PreTrainedModel) -> Report:
             proofs.append(check_rotary_modules(model))
         if implementation is not None:
             changes += _set_implementation(model, implementation)
-            _sync_windows(model, family)
             own = family.patterns_of(config)
             changes += [_pattern_change(part, before or own, own) for part, before in zip(PARTS, patterns, strict=True)]
     return Report([change for change in changes if change.before != change.after], None, proofs)
@@ -124,11 +123,10 @@ def restore(model: PreTrainedModel) -> Report:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The patterns that layers have and that a plan gives them, and the config fields that change with these."""
+    """The patterns that layers have and that a plan gives them."""
 
     before: dict[str, list[Pattern]]
     after: dict[str, list[Pattern]]
-    fields: dict[str, Any]
 
 
 def _rope_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
@@ -173,11 +171,7 @@ def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rop
     if before == after and hooked and not rope and plan.tokens is None:
         listed = in_runs([str(pattern) for pattern in serving])
         raise ValueError(f"extend: the plan changes nothing: the layers attend by {listed} already")
-    return _Attention(
-        before,
-        after,
-        {**family.window_fields(serving), "attn_implementation": IMPLEMENTATION},
-    )
+    return _Attention(before, after)
 
 
 def _planned_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: Plan) -> TokenPlan | None:
@@ -199,7 +193,7 @@ def _add(tokens: TokenPlan) -> str:
         raise
 
 
-def _write_record(config: PreTrainedConfig, plan: Plan, fields: dict[str, Any]) -> None:
+def _write_record(config: PreTrainedConfig, plan: Plan, fields: list[str]) -> None:
     """Note the plan, and of the fields that it changes the values that no earlier plan has noted."""
     earlier = read_record(config) or {}
     present = {name: _field(config, name) for name in fields}
@@ -243,20 +237,16 @@ def _lengthen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     return followed
 
 
-def _hook(model: PreTrainedModel, family: Family, attention: _Attention) -> list[Change]:
-    """Give the layers their patterns: record, config fields, what modules copied out of them, implementation."""
+def _hook(model: PreTrainedModel, attention: _Attention) -> list[Change]:
+    """Give the layers their patterns: the record, which attention and caches read, and the implementation."""
     config = model.config
     config.longattn = {
         **config.longattn,
         **{part: [as_fields(p) for p in attention.after[part]] for part in PARTS},
     }
-    fields = {name: value for name, value in attention.fields.items() if name != "attn_implementation"}
     changes = [_pattern_change(part, attention.before[part], attention.after[part]) for part in PARTS]
     changes = [change for change in changes if change.before != change.after]
-    changes += _set_fields(config, fields)
-    changes += _set_implementation(model, IMPLEMENTATION)
-    _sync_windows(model, family)
-    return changes
+    return changes + _set_implementation(model, IMPLEMENTATION)
 
 
 def _pattern_change(part: str, before: list[Pattern], after: list[Pattern]) -> Change:
@@ -272,8 +262,3 @@ def _set_implementation(model: PreTrainedModel, name: str) -> list[Change]:
         model.set_attn_implementation(STOCK_IMPLEMENTATION)
     after = model.config._attn_implementation
     return [] if before == after else [Change("attn_implementation", before, after)]
-
-
-def _sync_windows(model: PreTrainedModel, family: Family) -> None:
-    for module, name, value in family.window_attributes(model):
-        setattr(module, name, value)

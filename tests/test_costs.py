@@ -18,6 +18,7 @@ from longattn.costs import (
     prefill_flops,
     stock_mask_bytes,
 )
+from longattn.hf.caches import SMALLEST_SLACK, BandLayer
 from longattn.pattern import Pattern
 from longattn.structure import structure_of
 
@@ -67,7 +68,7 @@ PLANS = {
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("length", [1, 4, 5, 8, 21])
-def test_kv_cache_bytes_are_those_of_a_real_cache(family, plan, length):
+def test_kv_cache_bytes_are_what_a_real_cache_holds_but_for_its_slack(family, plan, length):
     model = build(family, torch.float32)
     if PLANS[plan] is not None:
         longattn.extend(model, None, longattn.Plan(attention=PLANS[plan]))
@@ -76,7 +77,10 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(family, plan, length):
         model(torch.tensor([[7]]), past_key_values=cache)  # a sliding cache is cut after each step
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4
     model.config.dtype = torch.float32
-    assert structure_of(model.config, length + 1).costs.kv_cache_bytes == held
+    needed = structure_of(model.config, length + 1).costs.kv_cache_bytes
+    layers_with_slack = sum(isinstance(layer, BandLayer) and layer.pattern.kind == "window" for layer in cache.layers)
+    token = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 channels
+    assert needed <= held <= needed + layers_with_slack * (SMALLEST_SLACK - 1) * token
 
 
 def saved_bytes(model, length):

@@ -31,21 +31,25 @@ def test_importing_registers_with_transformers():
 def test_bounds_of_padded_rows():
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
     bounds = longattn_mask(4, 4, 4, attention_mask=mask)
-    start, end = row_bounds(bounds, 4)
+    start, end = row_bounds(bounds, 4, 4)
     assert start.tolist() == [0, 2, 0, 4] and start.dtype == torch.int32 and end is None
-    # a sliding cache that has dropped 3 keys, and a second pass over bounds that generate formed
-    start, _ = row_bounds(longattn_mask(4, 1, 1, q_offset=3, kv_offset=3, attention_mask=mask), 4)
+    # a cache that has dropped 3 keys, and a second pass over bounds that generate formed
+    start, _ = row_bounds(longattn_mask(4, 1, 4, q_offset=3, attention_mask=mask), 4, 1)
     assert start.tolist() == [0, 0, 0, 1]
     assert longattn_mask(4, 4, 4, attention_mask=bounds) is bounds
     assert longattn_mask(4, 4, 4) is None
+    assert longattn_mask(4, 4, 4, attention_mask=torch.ones_like(mask)) is None
 
 
 def test_bounds_of_static_caches():
-    start, end = row_bounds(longattn_mask(2, 3, 16, q_offset=torch.tensor(5)), 2)
+    bounds = longattn_mask(2, 3, 16, q_offset=torch.tensor(5))
+    start, end = row_bounds(bounds, 2, 16)
     assert start.tolist() == [0, 0] and end.tolist() == [8, 8] and end.dtype == torch.int32
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.bool)
-    start, end = row_bounds(longattn_mask(2, 3, 16, attention_mask=mask), 2)
-    assert start.tolist() == [1, 0] and end.tolist() == [3, 3]
+    bounds = longattn_mask(2, 3, 16, attention_mask=mask)
+    for slots, first in ((16, [1, 0]), (3, [1, 0]), (2, [0, 0])):  # a ring of two slots has lost the first token
+        start, end = row_bounds(bounds, 2, slots)
+        assert start.tolist() == first and end.tolist() == [min(slots, 3)] * 2
 
 
 @settings(max_examples=50, deadline=None)
@@ -137,5 +141,5 @@ def test_no_value_is_read_on_a_device():
 def test_masks_are_not_read_on_the_meta_device():
     mask = torch.ones(2, 4, dtype=torch.bool, device="meta")
     with longattn.debug():
-        assert longattn_mask(2, 4, 4, attention_mask=mask).shape == (2, 1, 1)
+        assert longattn_mask(2, 4, 4, attention_mask=mask).shape == (2, 1, 2)
         assert packed_cu_seqlens(torch.zeros(2, 4, dtype=torch.long, device="meta"), 2).shape == (9,)

@@ -3,6 +3,7 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longattn.hf.attention import longattn_attention
+from longattn.hf.caches import register_caches
 from longattn.hf.masks import longattn_mask
 from longattn.hf.record import IMPLEMENTATION, save_implementation
 
@@ -17,6 +18,7 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, longattn_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, longattn_mask)
     save_implementation()
+    register_caches()
 
 
 register()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
+from longattn.hf.caches import band_layer_of
 from longattn.hf.families import config_of, layer_of
-from longattn.hf.masks import check_no_restart, packed_cu_seqlens, row_bounds
+from longattn.hf.masks import check_no_restart, packed_cu_seqlens, padding_of, row_bounds
 from longattn.pattern import Pattern
 
 __all__ = ["calls_seen", "longattn_attention", "pattern_now"]
@@ -62,15 +63,17 @@ def longattn_attention(
     if seen is not None:
         seen.append((module, pattern))
     batch, _, sq, _ = query.shape
-    kv_start, kv_end = row_bounds(attention_mask, batch)
     shared: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
     sk = key.shape[2]
     cu_seqlens = _documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, batch, sq, sk, attention_mask)
     if cu_seqlens is None:
+        kv_start, kv_end = _real_keys(key, attention_mask, batch, pattern)
         out = pattern.attend(query, key, value, kv_start=kv_start, kv_end=kv_end, **shared)
+        _forget(key, attention_mask, batch)
         return out.transpose(1, 2), None
     folded = [_fold(tensor) for tensor in (query, key, value)]  # (1, H, B * S, D)
     out = pattern.attend(*folded, cu_seqlens=cu_seqlens, **shared)
+    _forget(key, attention_mask, batch)
     return out.transpose(1, 2).reshape(batch, sq, -1, out.shape[-1]), None
 
 
@@ -116,6 +119,29 @@ def _generate_is_calling() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _real_keys(
+    key: Tensor, attention_mask: Tensor | None, batch: int, pattern: Pattern
+) -> tuple[Tensor | None, Tensor | None]:
+    """`kv_start` and `kv_end` of each row among the keys that this layer's cache holds."""
+    layer = band_layer_of(key)
+    if layer is None:
+        return row_bounds(attention_mask, batch, key.shape[2])
+    if layer.has_dropped and pattern != layer.pattern:
+        raise ValueError(
+            f"longattn: a model in training attends by {pattern}, but its cache holds what {layer.pattern} sees and has "
+            "dropped other keys; call model.eval() before decoding"
+        )
+    starts = padding_of(attention_mask, batch)
+    return None if starts is None else layer.first_real_keys(starts), None
+
+
+def _forget(key: Tensor, attention_mask: Tensor | None, batch: int) -> None:
+    """Have a cache that holds only what its pattern sees drop the rest, now that it was attended to."""
+    layer = band_layer_of(key)
+    if layer is not None:
+        layer.attended(padding_of(attention_mask, batch))
 
 
 def _documents(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from longattn.pattern import Pattern
 
 __all__ = ["FAMILIES", "Family", "attention_modules", "config_of", "family_of", "layer_of"]
-
-# A stock sliding cache of W tokens slices its keys with [-W + 1:], which keeps everything where W is 1.
-SMALLEST_CACHE_WINDOW = 2
 
 
 @dataclass(frozen=True)
@@ -57,40 +53,6 @@ class Family:
     def patterns_of(self, config: PreTrainedConfig) -> list[Pattern]:
         """Each layer's own pattern, as transformers' stock attention gives it."""
         return [Pattern("full") if size is None else Pattern("window", size) for size in self.windows_of(config)]
-
-    def window_fields(self, patterns: Sequence[Pattern]) -> dict[str, Any]:
-        """Config fields that make caches keep every key that `patterns` show, and no more where the family can say so.
-
-        The attention function cuts a window that is narrower than its layer's cache, and cannot widen one: so a cache
-        holds the widest window, and all keys where a group or a sink may reach back to them.
-        """
-        sizes = [p.size if p.kind == "window" and not p.sinks else None for p in patterns]
-        widest = max([SMALLEST_CACHE_WINDOW, *(size for size in sizes if size is not None)])
-        if self.windows == "none":
-            return {}
-        if self.windows == "shared":
-            return {"sliding_window": None if None in sizes else widest}
-        sliding = any(size is not None for size in sizes)
-        return {
-            "use_sliding_window": sliding,
-            "sliding_window": widest if sliding else None,
-            "layer_types": ["full_attention" if size is None else "sliding_attention" for size in sizes],
-        }
-
-    def window_attributes(self, model: PreTrainedModel) -> list[tuple[nn.Module, str, Any]]:
-        """What modules of `model` copied out of the window fields when they were built: (module, attribute, value)."""
-        if self.windows != "layered":
-            return []
-        sizes = self.windows_of(model.config)
-        fields: list[tuple[nn.Module, str, Any]] = [
-            (module, "has_sliding_layers", any(size is not None for size in sizes))
-            for module in model.modules()
-            if hasattr(module, "has_sliding_layers")
-        ]
-        for layer, module in enumerate(attention_modules(model)):
-            fields.append((module, "layer_type", model.config.layer_types[layer]))
-            fields.append((module, "sliding_window", sizes[layer]))
-        return fields
 
 
 FAMILIES = {

@@ -1,8 +1,9 @@
 """Which keys of a batch are real: the mask function registered with transformers, and what packed rows look like.
 
-No score mask is ever built. What transformers hands to the attention function as `attention_mask` is None, or the
-bounds of each row's real keys, int32 (B, 1, 1 or 2): the first one, and where the cache has empty slots, the end of the
-written ones. The bounds are formed once a forward, without the host reading a device tensor.
+No score mask is ever built. What transformers hands to the attention function as `attention_mask` is None, or what is
+known of each row, int32 (B, 1, 2 or 3): the tokens of padding that it begins with and all its tokens so far, and a third
+column where the cache may have empty slots. It says nothing of any layer, whose caches may hold different keys; it is
+formed once a forward, without the host reading a device tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from longattn.ops.dispatch import debugging
 
-__all__ = ["check_no_restart", "longattn_mask", "packed_cu_seqlens", "row_bounds"]
+__all__ = ["check_no_restart", "longattn_mask", "packed_cu_seqlens", "padding_of", "row_bounds"]
 
 
 def longattn_mask(
@@ -28,14 +29,14 @@ def longattn_mask(
     device: torch.device | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Turn a 2-D padding mask and a cache's state into the bounds of each row's real keys.
+    """Turn a 2-D padding mask and a cache's state into what is known of each row.
 
     Called by transformers, which fixes the arguments: lengths and offsets in tokens, `q_offset` a 0-dim tensor for
     static caches, `attention_mask` bool (B, tokens so far).
 
     Returns:
-        int32 (B, 1, 1): first real key of each row; (B, 1, 2): that and the end of the written keys; None: all keys are
-        real.
+        int32 (B, 1, 2): tokens of padding in front, and tokens so far; (B, 1, 3): the same for a cache that may have
+        empty slots; None: all keys are real.
     """
     if use_vmap:
         raise ValueError("longattn: masks that are joined to the causal one (or_mask, and_mask) are not served")
@@ -44,28 +45,44 @@ def longattn_mask(
     start = None
     if attention_mask is not None:
         _check_padding_mask(attention_mask, batch_size, q_offset, q_length, kv_offset + kv_length)
-        start = (_first_real_key(attention_mask) - kv_offset).clamp(min=0)  # (B,)
         device = attention_mask.device
-    end = q_offset + q_length - kv_offset
-    if not isinstance(end, Tensor) and end == kv_length:
-        return None if start is None else start.to(torch.int32)[:, None, None]
+        if not (_may_read(attention_mask) and bool(attention_mask.all())):
+            start = _first_real_key(attention_mask)  # (B,)
+    total = q_offset + q_length
+    growing = not isinstance(total, Tensor) and total == kv_offset + kv_length
+    if growing and start is None:
+        return None
     if start is None:
         start = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    written = torch.as_tensor(end, device=start.device).expand(batch_size)
-    return torch.stack([start.to(torch.int32), written.to(torch.int32)], dim=-1)[:, None]  # (B, 1, 2)
+    columns = [start, torch.as_tensor(total, device=start.device).expand(batch_size)]
+    columns += [] if growing else [columns[1]]
+    return torch.stack([column.to(torch.int32) for column in columns], dim=-1)[:, None]  # (B, 1, 2 or 3)
 
 
-def row_bounds(attention_mask: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Read what `longattn_mask` returned: `kv_start` and `kv_end`, each int32 (B,) or None."""
+def padding_of(attention_mask: Tensor | None, batch_size: int) -> Tensor | None:
+    """Read from what `longattn_mask` returned the tokens of padding in front of each row: int32 (B,), or None."""
     if attention_mask is None:
-        return None, None
+        return None
     if not _is_bounds(attention_mask, batch_size):
         raise ValueError(
             "longattn: attention_mask must be None or 2-D (B, tokens), 1 for real tokens and 0 for padding, got a "
             f"{attention_mask.ndim}-D one of shape {tuple(attention_mask.shape)}"
         )
-    start = attention_mask[:, 0, 0]
-    return start, attention_mask[:, 0, 1] if attention_mask.shape[-1] == 2 else None
+    return attention_mask[:, 0, 0]
+
+
+def row_bounds(attention_mask: Tensor | None, batch_size: int, num_keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where each row's real keys are among the last `num_keys` tokens, or, while there are fewer, in as many slots.
+
+    Returns:
+        `kv_start` and `kv_end`, each int32 (B,) or None.
+    """
+    start = padding_of(attention_mask, batch_size)
+    if attention_mask is None or start is None:
+        return None, None
+    total = attention_mask[:, 0, 1]
+    start = (start - (total - num_keys).clamp(min=0)).clamp(min=0)
+    return start, total.clamp(max=num_keys) if attention_mask.shape[-1] == 3 else None
 
 
 def packed_cu_seqlens(position_ids: Tensor, batch_size: int) -> Tensor | None:
@@ -107,10 +124,10 @@ def check_no_restart(position_ids: Tensor, attention_mask: Tensor | None) -> Non
         return
     restarts = position_ids[:, 1:] <= position_ids[:, :-1]
     if attention_mask is not None:
-        start, end = row_bounds(attention_mask, attention_mask.shape[0])
-        if start is None or end is None:
+        start, total = padding_of(attention_mask, attention_mask.shape[0]), attention_mask[:, 0, 1]
+        if start is None or attention_mask.shape[-1] == 2:
             return  # a mask and a growing cache: as in transformers, positions tell no documents apart
-        places = torch.arange(1 - position_ids.shape[1], 0, device=restarts.device) + end[:, None]
+        places = torch.arange(1 - position_ids.shape[1], 0, device=restarts.device) + total[:, None]
         restarts = restarts & (places > start[:, None])
     if bool(restarts.any()):
         raise ValueError(

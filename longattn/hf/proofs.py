@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from longattn.hf.attention import calls_seen, longattn_attention
+from longattn.hf.caches import BandLayer
 from longattn.hf.families import attention_modules, config_of, layer_of
 from longattn.hf.masks import longattn_mask
 from longattn.hf.record import IMPLEMENTATION, layer_patterns
@@ -27,7 +27,7 @@ __all__ = ["check_attention", "check_tokens"]
 
 
 def check_attention(model: PreTrainedModel) -> str:
-    """Show that every layer attends by its recorded pattern, and that caches keep every key that it shows.
+    """Show that every layer attends by its recorded pattern, and that caches keep the keys that it shows.
 
     Runs two tokens through the decoder, where its weights are there; on the meta device looks at what would be called.
 
@@ -41,7 +41,7 @@ def check_attention(model: PreTrainedModel) -> str:
     _check_hook(model)
     _check_caches(model, patterns)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        return f"{len(patterns)} layers are hooked; caches keep every key that they see"
+        return f"{len(patterns)} layers are hooked; caches keep the keys that they see"
     eager = torch.compiler.set_stance("force_eager")  # a compiled layer runs no Python that could be looked at
     with calls_seen() as calls, _evaluating(model), torch.no_grad(), eager:
         device = model.get_input_embeddings().get_parameter("weight").device
@@ -50,7 +50,7 @@ def check_attention(model: PreTrainedModel) -> str:
     if found != dict(enumerate(patterns)):
         expected = _listed(dict(enumerate(patterns)))
         raise RuntimeError(f"extend: two tokens were attended to by {_listed(found)}, but the plan says {expected}")
-    return f"{len(patterns)} layers attended by their patterns; caches keep every key that they see"
+    return f"{len(patterns)} layers attended by their patterns; caches keep the keys that they see"
 
 
 def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: TokenReport) -> str:
@@ -95,14 +95,10 @@ def _check_hook(model: PreTrainedModel) -> None:
 
 
 def _check_caches(model: PreTrainedModel, patterns: Sequence[Pattern]) -> None:
-    cache = DynamicCache(config=model.config)
-    for layer, (pattern, slots) in enumerate(zip(patterns, cache.layers, strict=True)):
-        if not isinstance(slots, DynamicSlidingWindowLayer):
-            continue
-        if pattern.kind != "window" or pattern.sinks or pattern.size > slots.sliding_window:
-            raise RuntimeError(
-                f"extend: layer {layer} sees {pattern}, but its cache keeps {slots.sliding_window} tokens"
-            )
+    for layer, (pattern, slots) in enumerate(zip(patterns, DynamicCache(config=model.config).layers, strict=True)):
+        served = slots.pattern == pattern if isinstance(slots, BandLayer) else not slots.is_sliding
+        if not served:
+            raise RuntimeError(f"extend: layer {layer} sees {pattern}, but {type(slots).__name__} would cache its keys")
 
 
 def _listed(patterns: dict[int, Pattern]) -> str:

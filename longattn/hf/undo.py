@@ -42,7 +42,7 @@ def unchanged_on_error(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def _touched(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that hold something made from the config."""
     rotary = [module for _, module in rotary_modules(model)]
-    return [*rotary, *attention_modules(model), *(m for m in model.modules() if hasattr(m, "has_sliding_layers"))]
+    return [*rotary, *attention_modules(model)]
 
 
 def _replace(held: dict[str, Any], by: dict[str, Any]) -> None:
