@@ -19,6 +19,7 @@ from longattn.plan import Plan
 from longattn.report import Change, Report, in_runs
 from longattn.rope_plan import resolve_rope
 from longattn.vocab import TokenPlan, prepare_tokens
+from longattn.wrappers import check_model
 
 __all__ = ["extend", "restore"]
 
@@ -50,8 +51,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     Example:
         >>> report = longattn.extend(model, tokenizer, longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0}))
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"extend: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model("extend", model)
     if not isinstance(plan, Plan):
         raise TypeError(f"extend: plan must be a longattn.Plan, got {type(plan).__name__}")
     config = model.config
@@ -96,8 +96,7 @@ def restore(model: PreTrainedModel) -> Report:
         >>> longattn.restore(model).changes[0].what
         'rope_parameters'
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"restore: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model("restore", model)
     config = model.config
     record = read_record(config)
     if record is None:

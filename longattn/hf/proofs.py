@@ -44,7 +44,7 @@ def check_attention(model: PreTrainedModel) -> str:
         return f"{len(patterns)} layers are hooked; caches keep the keys that they see"
     eager = torch.compiler.set_stance("force_eager")  # a compiled layer runs no Python that could be looked at
     with calls_seen() as calls, _evaluating(model), torch.no_grad(), eager:
-        device = model.get_input_embeddings().get_parameter("weight").device
+        device = next(model.get_input_embeddings().parameters()).device  # adapters wrap the embedding
         model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     found = {layer_of(module): pattern for module, pattern in calls}
     if found != dict(enumerate(patterns)):
