@@ -69,8 +69,8 @@ class Pattern:
     def cached_tokens(self, num_tokens: int) -> int:
         """Tokens of `num_tokens` whose keys a cache has to hold for the queries to come.
 
-        A window needs the W - 1 before the next query, and its sinks. A cache drops whole groups, and of groups that are
-        shifted in half of the heads holds those that either half needs: at most 2 G - 2 tokens; with sinks all.
+        A window needs the W - 1 before the next query, and its sinks. A cache drops whole groups; of groups that are
+        shifted in half of the heads it holds those that either half needs, at most 2 G - 2 tokens; with sinks all.
         """
         if self.kind == "window":
             return min(num_tokens, self.size - 1 + self.sinks)

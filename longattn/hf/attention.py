@@ -128,10 +128,10 @@ def _real_keys(
     layer = band_layer_of(key)
     if layer is None:
         return row_bounds(attention_mask, batch, key.shape[2])
-    if layer.has_dropped and pattern != layer.pattern:
+    if layer.has_dropped and not layer.serves(pattern):
         raise ValueError(
-            f"longattn: a model in training attends by {pattern}, but its cache holds what {layer.pattern} sees and has "
-            "dropped other keys; call model.eval() before decoding"
+            f"longattn: a model in training attends by {pattern}, but its cache has dropped what {layer.pattern} does "
+            "not see; call model.eval() before decoding"
         )
     starts = padding_of(attention_mask, batch)
     return None if starts is None else layer.first_real_keys(starts), None

@@ -83,6 +83,11 @@ class BandLayer(DynamicLayer):
         sinks_before = (dropped + sinks - starts).clamp(0, sinks)
         return sinks - sinks_before + (starts - dropped - sinks).clamp(min=0)
 
+    def serves(self, pattern: Pattern) -> bool:
+        """Whether these are the keys that `pattern` sees."""
+        mine = self.pattern  # compared field by field, since a compiler may not know the sizes as constants
+        return mine.kind == pattern.kind and mine.size == pattern.size and mine.sinks == pattern.sinks
+
     @property
     def has_dropped(self) -> bool:
         """Whether some of the tokens so far are not held any more."""
@@ -144,7 +149,7 @@ class BandLayer(DynamicLayer):
         left = self.keys.shape[-2] + tokens_to_remove
         if self.has_dropped and left < self.pattern.sinks + self.pattern.size - 1:
             raise RuntimeError(
-                f"crop: {-tokens_to_remove} tokens can't be taken back: the ones before them, which would be seen again, "
+                f"crop: {-tokens_to_remove} tokens can't be taken back: those before them, which would be seen again, "
                 "were dropped; call activate_past_recording before these tokens are given"
             )
         super().crop(tokens_to_remove)
@@ -207,8 +212,8 @@ def band_layer_of(keys: Tensor) -> BandLayer | None:
 def register_caches() -> None:
     """Have the caches that transformers forms for a changed model hold what its patterns see, and no more.
 
-    Models and `generate` form a `DynamicCache` or a `StaticCache` from the config, whose fields can say neither sinks nor
-    a window of each layer's own. Configs without patterns, and caches that are given tensors, stay as they are.
+    Models and `generate` form a `DynamicCache` or a `StaticCache` from the config, whose fields can say neither sinks
+    nor a window of each layer's own. Configs without patterns, and caches that are given tensors, stay as they are.
     """
     for cache, layer_of in ((DynamicCache, _growing_layer), (StaticCache, _static_layer)):
         _replace_layers(cache, layer_of)

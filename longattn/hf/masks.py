@@ -1,7 +1,7 @@
 """Which keys of a batch are real: the mask function registered with transformers, and what packed rows look like.
 
 No score mask is ever built. What transformers hands to the attention function as `attention_mask` is None, or what is
-known of each row, int32 (B, 1, 2 or 3): the tokens of padding that it begins with and all its tokens so far, and a third
+known of each row, int32 (B, 1, 2 or 3): the tokens of padding that it begins with, all its tokens so far, and a third
 column where the cache may have empty slots. It says nothing of any layer, whose caches may hold different keys; it is
 formed once a forward, without the host reading a device tensor.
 """
@@ -54,7 +54,10 @@ def longattn_mask(
         return None
     if start is None:
         start = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    columns = [start, torch.as_tensor(total, device=start.device).expand(batch_size)]
+    if isinstance(total, Tensor):
+        columns = [start, total.to(start.device).expand(batch_size)]
+    else:
+        columns = [start, start.new_full((batch_size,), total)]
     columns += [] if growing else [columns[1]]
     return torch.stack([column.to(torch.int32) for column in columns], dim=-1)[:, None]  # (B, 1, 2 or 3)
 
