@@ -98,7 +98,7 @@ def test_sft_trains_alike_with_and_without_padding(tmp_path):
 
 def test_sft_trains_adapters_and_new_rows(tmp_path):
     _, _, new_ids = extended()
-    # SFTTrainer takes the head's weight and bias itself, which PEFT's trainable rows of a head don't give: it trains whole
+    # SFTTrainer takes weight and bias out of the head, which has no bias to give when PEFT trains some of its rows
     rows = LoraConfig(
         r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": new_ids}, modules_to_save=["lm_head"]
     )
