@@ -171,6 +171,9 @@ def test_generate_far_past_the_window_is_as_with_a_cache_that_keeps_all(plan, op
         ids, attention_mask=mask, max_new_tokens=50, cache_implementation="static", **GREEDY, **options
     )
     assert torch.equal(got, whole) and torch.equal(got, static)
+    if not options:
+        chunks = model.generate(ids, attention_mask=mask, max_new_tokens=50, prefill_chunk_size=16, **GREEDY)
+        assert torch.equal(got, chunks)
     assert got[:, 40:].unique().numel() > 4  # texts, not one token again and again
 
 
@@ -286,7 +289,7 @@ def test_training_pattern_is_refused_on_a_cache_that_has_dropped_keys():
 
 @torch.no_grad()
 def test_compiled_decoding_agrees(subtests):
-    for plan in PLANS[1:4]:
+    for plan in PLANS[1::2]:
         model, dense = extended(plan)
         model = copy.deepcopy(model)
         ids, mask, positions, start = padded([0, 30])
