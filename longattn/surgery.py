@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import longattn.hf  # noqa: F401  (registers the attention that a plan asks for)
 from longattn.hf.families import Family, family_of
+from longattn.hf.fused_rope import check_stock_rope_fits, has_fused_rope, use_stock_rope
 from longattn.hf.proofs import check_attention, check_tokens
 from longattn.hf.record import IMPLEMENTATION, VERSION, as_fields, layer_patterns, original_fields, read_record
 from longattn.hf.rope import check_rotary_modules, head_dim_of, rebuild_rotary_modules
@@ -80,7 +81,8 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
 def restore(model: PreTrainedModel) -> Report:
     """Put a model's rotary embedding, length and attention back as they were before its first plan; tokens stay.
 
-    Works on a model that `longattn.extend` changed and on one loaded from a checkpoint saved after it.
+    Works on a model that `longattn.extend` changed and on one loaded from a checkpoint saved after it, and undoes
+    `longattn.hf.use_fused_rope`, also where there was no plan.
 
     Args:
         model: the changed model, in place.
@@ -90,17 +92,28 @@ def restore(model: PreTrainedModel) -> Report:
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: no plan was applied to it.
+        ValueError: no plan was applied to it, and it has no fused rope.
 
     Example:
         >>> longattn.restore(model).changes[0].what
         'rope_parameters'
     """
     check_model("restore", model)
-    config = model.config
-    record = read_record(config)
-    if record is None:
+    check_stock_rope_fits("restore", model)
+    record = read_record(model.config)
+    fused = has_fused_rope(model)
+    if record is None and not fused:
         raise ValueError("restore: config.longattn is missing, so no plan was applied to this model")
+    report = Report() if record is None else _undo_plans(model, record)
+    if fused:
+        use_stock_rope(model)
+        report.changes.append(Change("rotary op", "longattn", "stock"))
+    return report
+
+
+def _undo_plans(model: PreTrainedModel, record: dict[str, Any]) -> Report:
+    """Put back what plans changed, all of it or nothing."""
+    config = model.config
     family = family_of(config)
     fields = dict(record["original"])
     implementation = fields.pop("attn_implementation", None)

@@ -1,13 +1,14 @@
-"""longattn's attention inside Hugging Face transformers; importing this module registers it there."""
+"""longattn's attention and rotary op inside Hugging Face transformers; importing this module registers it there."""
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longattn.hf.attention import longattn_attention
 from longattn.hf.caches import register_caches
+from longattn.hf.fused_rope import use_fused_rope
 from longattn.hf.masks import longattn_mask
 from longattn.hf.record import IMPLEMENTATION, save_implementation
 
-__all__ = ["register"]
+__all__ = ["register", "use_fused_rope"]
 
 
 def register() -> None:
