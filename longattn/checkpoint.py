@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from longattn.checkpoint_source import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
-    check_shapes,
+    check_tensors,
+    check_tokenizer,
     files_beside_weights,
     load_tokenizer,
     materialise_embeddings,
@@ -23,6 +23,7 @@ from longattn.checkpoint_source import (
     read_json,
     source_folder,
 )
+from longattn.part_folder import whole_or_absent
 from longattn.plan import Plan
 from longattn.report import Change, Report
 from longattn.shards import Progress, Shards
@@ -70,19 +71,17 @@ def extend_checkpoint(
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"extend: DST {dst} must not lie in SRC {src}, which is left as it is")
     changed = _Changed.of(source, plan)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = changed.shards.num_bytes(changed.replaced), shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise OSError(f"extend: DST {dst} needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB left")
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    part.mkdir()
     try:
-        changed.write(part, progress)
-        changed.check_written(part)
-        part.rename(target)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        with whole_or_absent(target) as part:
+            needed, free = changed.num_bytes(), shutil.disk_usage(part).free
+            if needed > free:
+                raise OSError(f"{needed / 2**30:.2f} GiB are needed, the disk has {free / 2**30:.2f} GiB left")
+            changed.write(part, progress)
+            changed.check_written(part)
+    except OSError as error:
+        failed = type(error)(f"extend: DST {dst} was not written: {error}")
+        failed.errno = error.errno
+        raise failed from error
     return changed.report
 
 
@@ -121,14 +120,17 @@ class _Changed:
     @classmethod
     def of(cls, source: Path, plan: Plan) -> _Changed:
         import longattn.surgery
+        from longattn.hf.families import family_of
 
         stored_config = read_config(source)
         shards = Shards.open(source)
-        model = model_without_weights(stored_config, source)
-        check_shapes(model, shards)
+        model = model_without_weights(stored_config, source, sum(1 for _ in shards))
+        family_of(model.config)
+        check_tensors(model, shards)
         tokenizer, homes = None, {}
         if plan.tokens is not None:
             tokenizer = load_tokenizer(source)
+            check_tokenizer(tokenizer, model)
             homes = materialise_embeddings(model, shards)
         config = model.config
         length, generation = config.max_position_embeddings, _as_dict(model.generation_config)
@@ -149,11 +151,16 @@ class _Changed:
             report=report,
         )
 
+    def num_bytes(self) -> int:
+        """What `write` will write, but for a few kilobytes."""
+        others = sum((self.source / path).stat().st_size for path in files_beside_weights(self.source))
+        return self.shards.num_bytes(self.replaced) + others
+
     def write(self, folder: Path, progress: Progress | None) -> None:
         self.model.config.save_pretrained(folder)
         self._write_generation_config(folder)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+            _save_tokenizer(self.tokenizer, folder)
         for path in files_beside_weights(self.source):
             target = folder / path
             if target.exists() or (self.tokenizer is not None and path.name in STALE_TOKENIZER_FILES):
@@ -189,6 +196,15 @@ class _Changed:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
                 raise RuntimeError("extend: the tokenizer reads back other tokens than were saved")
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more special where it can't write
+        raise OSError(f"the tokenizer can't be saved: {error}") from error
 
 
 def _as_dict(generation_config: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "GENERATION_CONFIG",
     "TOKENIZER_CONFIG",
-    "check_shapes",
+    "check_tensors",
+    "check_tokenizer",
     "files_beside_weights",
     "load_config",
     "load_tokenizer",
@@ -62,7 +63,7 @@ def source_folder(src: str | os.PathLike[str]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"extend: {path.name} is corrupt: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"extend: {path.name} must hold a JSON object, got {type(fields).__name__}")
@@ -71,8 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(source: Path) -> PreTrainedConfig:
     fields = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method", "unknown method")
+    if quantised := fields.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(f"extend: SRC {source} is quantised ({method}); extend the original, then quantise the result")
     return load_config(source, "extend")
 
@@ -99,13 +100,26 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
         raise ValueError(f"{caller}: transformers refuses the config of SRC {src}: {reason}") from error
 
 
-def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
+def model_without_weights(config: PreTrainedConfig, source: Path, num_tensors: int) -> PreTrainedModel:
+    """Build the model that a config describes on the meta device.
+
+    Raises:
+        ValueError: transformers can't build it, or it would have more layers than the checkpoint has tensors.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > num_tensors:
+        raise ValueError(f"extend: config.json has {layers} layers, but the weights are {num_tensors} tensors")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a config's values can fail anywhere in a model's code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"extend: transformers builds no causal model of config.json: {reason}") from error
     if (source / GENERATION_CONFIG).is_file():
+        read_json(source / GENERATION_CONFIG)
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 
@@ -115,7 +129,32 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
     if not any((source / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"extend: SRC {source} has no tokenizer, so no tokens can be added to it")
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        reason = " ".join(str(error).split())
+        raise ValueError(f"extend: transformers can't read the tokenizer of SRC {source}: {reason}") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer whose bos and eos tokens both have other ids than the model's configs give them.
+
+    One of the two may differ: tuned models often end at a token of their own.
+
+    Raises:
+        ValueError: the tokenizer must be another model's.
+    """
+    differing = []
+    for role in ("bos_token_id", "eos_token_id"):
+        own = getattr(tokenizer, role, None)
+        ids = [getattr(config, role, None) for config in (model.config, model.generation_config)]
+        listed = {one for given in ids for one in (given if isinstance(given, list) else [given]) if one is not None}
+        if own is None or not listed or own in listed:
+            return
+        differing.append(f"{role} {own}, not {sorted(listed)}")
+    raise ValueError(
+        f"extend: the tokenizer must be the model's own, got one with {' and '.join(differing)} of the model's configs"
+    )
 
 
 def _names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
@@ -124,14 +163,31 @@ def _names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     return (name, name.removeprefix(prefix)) if name.startswith(prefix) else (name,)
 
 
-def check_shapes(model: PreTrainedModel, shards: Shards) -> None:
+def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
+    """Check that the checkpoint has every tensor that its config asks for, in its shape; it may have others too.
+
+    A checkpoint that was saved from the decoder alone has no output embedding, and need not have it.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
     stored = {tensor.name: tensor for tensor in shards}
-    for name, parameter in model.named_parameters():
-        for candidate in _names(model, name):
-            if candidate in stored and stored[candidate].shape != tuple(parameter.shape):
+    prefix = f"{model.base_model_prefix}."
+    has_head = any(name.startswith(prefix) for name in stored)
+    homes: dict[int, list[str]] = {}  # tied parameters are one parameter with several names, one of which is enough
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+    for names in homes.values():
+        candidates = [candidate for name in names for candidate in _names(model, name)]
+        found = [stored[candidate] for candidate in candidates if candidate in stored]
+        if not found and (has_head or any(name.startswith(prefix) for name in names)):
+            raise ValueError(f"extend: config.json asks for {names[0]}, but the weights have no tensor of that name")
+        shape = list(model.get_parameter(names[0]).shape)
+        for tensor in found:
+            if list(tensor.shape) != shape:
                 raise ValueError(
-                    f"extend: config.json makes {candidate} {list(parameter.shape)}, but {stored[candidate].path.name} "
-                    f"holds {list(stored[candidate].shape)}"
+                    f"extend: config.json makes {tensor.name} {shape}, but {tensor.path.name} holds "
+                    f"{list(tensor.shape)}"
                 )
 
 
@@ -174,4 +230,6 @@ def files_beside_weights(source: Path) -> Iterator[Path]:
             path = Path(folder, name)
             weights = path.suffix in OTHER_WEIGHTS or name.endswith((".safetensors.index.json", ".bin.index.json"))
             if not weights and not name.startswith("."):
+                if not path.is_file():
+                    raise ValueError(f"extend: {path} is no file that can be copied: a broken link, a pipe or a socket")
                 yield path.relative_to(source)

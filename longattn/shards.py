@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ class Shard:
             entries = json.loads(header)
             metadata = entries.pop("__metadata__", None)
             tensors = [_stored(name, entry, 8 + length, path) for name, entry in entries.items()]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"extend: {path.name} is corrupt: its header can't be read ({error})") from None
         tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
         end = 8 + length
@@ -116,8 +118,10 @@ class Shard:
 
 
 def _stored(name: str, entry: Mapping[str, Any], base: int, path: Path) -> StoredTensor:
-    dtype, shape = entry["dtype"], tuple(int(size) for size in entry["shape"])
-    begin, end = (int(offset) for offset in entry["data_offsets"])
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(type(number) is int for number in (begin, end, *shape)):
+        raise ValueError(f"{name} must have whole numbers for sizes and bytes, got {entry}")
     if dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     if min([begin, end - begin, *shape]) < 0 or (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8 != end - begin:
@@ -152,12 +156,16 @@ class Shards:
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             weight_map = dict(index["weight_map"])
-        except (ValueError, TypeError, KeyError) as error:
+            metadata = dict(index.get("metadata", {}))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"extend: {INDEX} is corrupt: {error!r}") from None
+        if not isinstance(metadata.get("total_parameters", 0), int):
+            raise ValueError(f"extend: {INDEX} is corrupt: its total_parameters are {metadata['total_parameters']!r}")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+                raise ValueError(f"extend: {INDEX} must name files beside it, got {file!r}")
         files = sorted(set(weight_map.values()))
         for file in files:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"extend: {INDEX} must name files beside it, got {file!r}")
             if not (folder / file).is_file():
                 raise ValueError(f"extend: {INDEX} names {file}, which is missing in {folder}")
         weights = cls(tuple(Shard.open(folder / file) for file in files), index)
@@ -201,12 +209,13 @@ class Shards:
         """
         total, done = self.num_bytes(replaced), 0
         for shard in self.shards:
-            with shard.path.open("rb") as source, (folder / shard.path.name).open("wb") as target:
-                target.write(shard.header_with(replaced))
+            written_to = folder / shard.path.name
+            with shard.path.open("rb", buffering=0) as source, written_to.open("wb", buffering=0) as target:
+                _write(target, shard.header_with(replaced))
                 for tensor in shard.tensors:
-                    for piece in _pieces(tensor, source, replaced.get(tensor.name)):
-                        target.write(piece)
-                        done += len(piece)
+                    new = replaced.get(tensor.name)
+                    for written in _write_new(new, target) if new is not None else _copy(tensor, source, target):
+                        done += written
                         if progress is not None:
                             progress(tensor.name, done, total)
         if self.index is not None:
@@ -221,21 +230,43 @@ class Shards:
         return {**self.index, "metadata": metadata}
 
 
-def _pieces(tensor: StoredTensor, source: BinaryIO, new: Tensor | None) -> Iterator[memoryview | bytes]:
-    """The bytes of a tensor, the new one's or else the stored one's, a chunk at a time."""
-    if new is not None:
-        content = memoryview(new.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        for start in range(0, len(content), CHUNK_BYTES):
-            yield content[start : start + CHUNK_BYTES]
-        return
-    source.seek(tensor.start)
-    left = tensor.num_bytes
+def _write(target: RawIOBase, content: bytes | memoryview) -> int:
+    """Write all of some bytes, which an unbuffered file may take in parts; gives how many."""
+    left = memoryview(content)
     while left:
-        piece = source.read(min(left, CHUNK_BYTES))
-        if not piece:
-            raise ValueError(f"extend: {tensor.path.name} was cut off while it was read, in {tensor.name}")
-        left -= len(piece)
-        yield piece
+        left = left[target.write(left) or 0 :]
+    return len(content)
+
+
+def _write_new(tensor: Tensor, target: RawIOBase) -> Iterator[int]:
+    """Write a tensor's bytes, a chunk at a time; gives the size of each."""
+    content = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield _write(target, content[start : start + CHUNK_BYTES])
+
+
+def _copy(tensor: StoredTensor, source: RawIOBase, target: RawIOBase) -> Iterator[int]:
+    """Copy a stored tensor's bytes, a chunk at a time; gives the size of each.
+
+    Both files are unbuffered, so that the kernel can copy between them, or let them share what is on the disk.
+    """
+    source.seek(tensor.start)
+    left, in_kernel = tensor.num_bytes, hasattr(os, "copy_file_range")
+    while left:
+        written = 0
+        if in_kernel:
+            try:
+                written = os.copy_file_range(source.fileno(), target.fileno(), min(left, CHUNK_BYTES))
+            except OSError:  # two file systems, or one that can't; writing says what else is wrong
+                pass
+            in_kernel = written > 0  # some file systems copy nothing and call it done
+        if not written:
+            piece = source.read(min(left, CHUNK_BYTES))
+            if not piece:
+                raise ValueError(f"extend: {tensor.path.name} was cut off while it was read, in {tensor.name}")
+            written = _write(target, piece)
+        left -= written
+        yield written
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
