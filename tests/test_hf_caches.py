@@ -253,6 +253,24 @@ def test_rows_can_be_reordered_repeated_and_selected():
     assert torch.equal(model(ids[rows, 61:62], past_key_values=cache, **more).logits, expected[rows])
 
 
+@torch.no_grad()
+def test_crop_after_a_reorder_waits_for_the_rows_new_padding():
+    model, _ = extended("window:6+sinks:2")
+    ids, mask, positions, _ = padded([0, 50])
+    swapped = torch.tensor([1, 0])
+    logits = []
+    for crop in (False, True):
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        stepwise(model, ids, mask, positions, cache, [0, 52])
+        cache.reorder_cache(swapped)
+        if crop:
+            cache.crop(0)
+        more = dict(attention_mask=mask[swapped, :90], position_ids=positions[swapped, 52:90])
+        logits.append(model(ids[swapped, 52:90], past_key_values=cache, **more).logits)
+    assert_agree(logits[1], logits[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_of_a_model_without_patterns_stay_as_they_are(family):
     stock = build(family)

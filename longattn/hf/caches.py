@@ -124,8 +124,7 @@ class BandLayer(DynamicLayer):
         """Which held keys go to the slots of the sinks when `last` tokens stay beside them: int64 (B, n)."""
         held, sinks, starts = self.keys.shape[-2], self.pattern.sinks, starts.long()[:, None]
         dropped = self.cumulative_length - held
-        first_before = dropped + sinks if dropped else 0  # the token at index `sinks`, or 0 where none was dropped
-        before = (first_before - starts).clamp(0, sinks)  # (B, 1) sinks that sit in slots already
+        before = (dropped + sinks - starts).clamp(0, sinks)  # (B, 1) sinks that sit in slots already
         after = (self.cumulative_length - last - starts).clamp(0, sinks)
         number = torch.arange(sinks, device=starts.device) - (sinks - after)  # (B, n) which sink comes to this slot
         in_slot = sinks - before + number
