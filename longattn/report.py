@@ -36,6 +36,7 @@ class Report:
         changes: values before and after.
         tokens: how each new row of the embeddings was set, where tokens were added.
         proofs: what was looked at on the changed model, and found to hold.
+        notes: what was left out, or is there beside what was asked for.
 
     Example:
         >>> print(Report([Change("max_position_embeddings", 4096, 32768)]))
@@ -46,6 +47,7 @@ class Report:
     changes: list[Change] = field(default_factory=list)
     tokens: TokenReport | None = None
     proofs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as a JSON-able dict."""
@@ -53,6 +55,7 @@ class Report:
             "changes": [{"what": c.what, "before": c.before, "after": c.after} for c in self.changes],
             "tokens": None if self.tokens is None else self.tokens.to_dict(),
             "proofs": list(self.proofs),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -65,6 +68,8 @@ class Report:
             lines += ["", str(self.tokens)]
         if self.proofs:
             lines += ["", *(f"checked: {proof}" for proof in self.proofs)]
+        if self.notes:
+            lines += ["", *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines)
 
 
