@@ -7,7 +7,10 @@ from typing import IO, Any
 
 import yaml
 
-__all__ = ["load_yaml"]
+__all__ = ["dump_yaml", "load_yaml"]
+
+# what YAML 1.2 and people take for a number, and YAML 1.1 for text
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,9 +26,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver(*_FLOAT)
 
 
 def load_yaml(text: str | IO[str], name: str) -> Any:
@@ -46,3 +47,20 @@ def load_yaml(text: str | IO[str], name: str) -> Any:
         raise ValueError(f"Plan: {name}{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"Plan: {name} is not YAML text: {str(error).splitlines()[0]}") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def dump_yaml(value: Any) -> str:
+    """Write JSON's types as a YAML document that `load_yaml` reads back.
+
+    Example:
+        >>> dump_yaml({"rope": {"rope_type": "yarn", "factor": 4.0}})
+        'rope:\\n  rope_type: yarn\\n  factor: 4.0\\n'
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)

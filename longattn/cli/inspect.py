@@ -22,6 +22,7 @@ from longattn.cli.plan_flags import (
     plan_of_flags,
 )
 from longattn.structure import LayerStructure, Structure, inspect_checkpoint
+from longattn.units import format_bytes, format_flops
 
 __all__ = ["inspect"]
 
@@ -107,12 +108,12 @@ def _costs(before: Structure, after: Structure | None) -> Table:
     for column in ["now"] if after is None else ["before", "after", "after / before"]:
         table.add_column(column, justify="right")
     rows = {
-        "KV cache": ("kv_cache_bytes", _bytes),
-        "attention, whole text": ("prefill_flops", _flops),
-        "attention, last token": ("decode_flops", _flops),
-        "activations, training": ("activation_bytes", _bytes),
-        "activations, training with checkpointing": ("checkpointed_bytes", _bytes),
-        "window mask of stock attention": ("stock_mask_bytes", _bytes),
+        "KV cache": ("kv_cache_bytes", format_bytes),
+        "attention, whole text": ("prefill_flops", format_flops),
+        "attention, last token": ("decode_flops", format_flops),
+        "activations, training": ("activation_bytes", format_bytes),
+        "activations, training with checkpointing": ("checkpointed_bytes", format_bytes),
+        "window mask of stock attention": ("stock_mask_bytes", format_bytes),
     }
     for name, (field, text) in rows.items():
         old = getattr(before.costs, field)
@@ -122,19 +123,3 @@ def _costs(before: Structure, after: Structure | None) -> Table:
         new = getattr(after.costs, field)
         table.add_row(name, text(old), text(new), f"{new / old:.3g}" if old else "-")
     return table
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:,.4g} TiB"
-
-
-def _flops(number: float) -> str:
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:,.4g} PFLOP"

@@ -1,0 +1,33 @@
+"""Numbers as people read them: bytes and floating point operations, in the largest unit that fits."""
+
+from __future__ import annotations
+
+__all__ = ["format_bytes", "format_flops"]
+
+
+def format_bytes(number: float) -> str:
+    """Write a number of bytes.
+
+    Example:
+        >>> format_bytes(805306368)
+        '768 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:,.4g} TiB"
+
+
+def format_flops(number: float) -> str:
+    """Write a number of floating point operations.
+
+    Example:
+        >>> format_flops(137438953472)
+        '137.4 GFLOP'
+    """
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:,.4g} PFLOP"
