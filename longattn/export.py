@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from longattn.hf.families import family_of
 from longattn.hf.record import layer_patterns
 from longattn.hf.stock_windows import parameters_of, windows_of, with_windows
-from longattn.legacy_keys import legacy_config_keys, legacy_tokenizer_config
+from longattn.legacy_keys import legacy_config_keys
 from longattn.pattern import Pattern
-from longattn.report import Change, in_runs
+from longattn.report import Change, Report, in_runs
 
 __all__ = ["StockConfig", "stock_config"]
 
@@ -48,31 +48,45 @@ class StockConfig:
     notes: list[str]
     proofs: list[str]
 
+    def report(self, extended: Report, undone: str | None) -> Report:
+        """What extending and exporting together change.
+
+        Args:
+            extended: what extending alone changed.
+            undone: what was checked of longattn's attention, which the checkpoint will not use.
+        """
+        changes = [
+            change for change in extended.changes if change.what not in ("attn_implementation", "train_attention")
+        ]
+        return replace(
+            extended,
+            changes=[*changes, *self.changes],
+            proofs=[*(proof for proof in extended.proofs if proof != undone), *self.proofs],
+            notes=[*extended.notes, *self.notes],
+        )
+
     def write(self, folder: Path) -> None:
-        """Write config.json, and let an older transformers read the tokenizer that is there."""
+        """Write config.json."""
         text = json.dumps(self.fields, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        path = folder / "tokenizer_config.json"
-        if not path.is_file():
-            return
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        renamed = legacy_tokenizer_config(stored)
-        if renamed != stored:
-            path.write_text(json.dumps(renamed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def check(self, folder: Path, tokenizer_folder: Path) -> None:
-        """Read a written checkpoint back: its config, and its tokenizer beside the one of another folder.
+    def check(self, folder: Path, source: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Read a written checkpoint back: its config, and its tokenizer beside the one that it was made of.
+
+        Args:
+            folder: the new checkpoint.
+            source: the old one.
+            tokenizer: the one that was changed; None where it was not.
 
         Raises:
             RuntimeError: it says something else than was meant.
         """
         read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_same(read, _read(self.fields))
-        if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        before = tokenizer or _tokenizer_of(source)
+        if before is None:
             return
-        before, after = (
-            AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in (tokenizer_folder, folder)
-        )
+        after = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if before.get_vocab() != after.get_vocab() or before(PROBE)["input_ids"] != after(PROBE)["input_ids"]:
             raise RuntimeError(
                 f"export: under model_type {read.model_type!r} the tokenizer reads text otherwise than it did"
@@ -144,6 +158,14 @@ def _window_sizes(patterns: Sequence[Pattern]) -> list[int | None]:
     return [pattern.size if pattern.kind == "window" else None for pattern in patterns]
 
 
+def _tokenizer_of(source: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint; None where it has none that transformers reads without code from elsewhere."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # the tokenizers library raises nothing more special
+        return None
+
+
 def _read(fields: dict[str, Any]) -> PreTrainedConfig:
     """What transformers makes of a config.json."""
     return CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(fields))
@@ -163,8 +185,6 @@ def _check_same(read: PreTrainedConfig, meant: PreTrainedConfig) -> None:
 
 def _changes(config: PreTrainedConfig, target: PreTrainedConfig) -> list[Change]:
     changes = [Change(name, getattr(config, name, None), getattr(target, name, None)) for name in SHOWN]
-    if hasattr(config, "longattn"):
-        changes.append(Change("config.longattn", "plan and what restore needs", None))
     return [change for change in changes if change.before != change.after]
 
 
@@ -176,6 +196,8 @@ def _notes(
     if training is not None and training != list(patterns):
         listed = in_runs([str(pattern) for pattern in training])
         notes.append(f"train_attention, {listed}, is left out: a stock checkpoint has no training pattern")
+    if hasattr(config, "longattn"):
+        notes.append("config.longattn, which restore needs, is left out")
     notes.append(f"beside the keys of transformers 5 those of version 4: {', '.join(sorted(legacy))}")
     if unreadable is not None:
         notes.append(unreadable)

@@ -139,4 +139,4 @@ def parameters_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Names and shapes of a model's parameters."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    return {name: parameter.shape for name, parameter in model.namedparameters_of()}
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
