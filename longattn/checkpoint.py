@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from longattn.checkpoint_source import (
     GENERATION_CONFIG,
@@ -23,6 +23,7 @@ from longattn.checkpoint_source import (
     read_json,
     source_folder,
 )
+from longattn.legacy_keys import legacy_tokenizer_config
 from longattn.part_folder import whole_or_absent
 from longattn.plan import Plan
 from longattn.report import Change, Report
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from longattn.export import StockConfig
+
 __all__ = ["extend_checkpoint", "preview_checkpoint"]
 
 # What a tokenizer that was changed says in tokenizer.json alone.
@@ -39,7 +42,12 @@ STALE_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
 
 
 def extend_checkpoint(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], plan: Plan, *, progress: Progress | None = None
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    plan: Plan | None,
+    *,
+    export: Literal["stock"] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Change a checkpoint by a plan and write the new one to another folder.
 
@@ -50,7 +58,8 @@ def extend_checkpoint(
     Args:
         src: a folder with a transformers checkpoint in safetensors, or the id of a model on the Hub.
         dst: the folder to write; it must not exist, nor lie in `src`.
-        plan: what to change.
+        plan: what to change; None only where the checkpoint is just exported.
+        export: "stock" writes a checkpoint that loads in transformers without longattn, as `longattn.export` says.
         progress: called with the name of a tensor that is being written, the bytes written so far, and those in all.
 
     Returns:
@@ -59,7 +68,8 @@ def extend_checkpoint(
     Raises:
         FileExistsError: `dst` exists.
         OSError: a file can't be read or written, or the Hub can't be reached.
-        ValueError: `dst` is in `src`; the checkpoint is damaged, quantised or no safetensors; or as `longattn.extend`.
+        ValueError: `dst` is in `src`; the checkpoint is damaged, quantised or no safetensors; stock transformers can't
+            say what is to be exported; or as `longattn.extend`.
 
     Example:
         >>> plan = longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})
@@ -70,7 +80,7 @@ def extend_checkpoint(
         raise FileExistsError(f"extend: DST {dst} exists; give the name of a new folder")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"extend: DST {dst} must not lie in SRC {src}, which is left as it is")
-    changed = _Changed.of(source, plan)
+    changed = _Changed.of(source, plan, export)
     try:
         with whole_or_absent(target) as part:
             needed, free = changed.num_bytes(), shutil.disk_usage(part).free
@@ -85,12 +95,15 @@ def extend_checkpoint(
     return changed.report
 
 
-def preview_checkpoint(src: str | os.PathLike[str], plan: Plan) -> Report:
+def preview_checkpoint(
+    src: str | os.PathLike[str], plan: Plan | None, *, export: Literal["stock"] | None = None
+) -> Report:
     """Say what `extend_checkpoint` would change; reads and checks the checkpoint, and writes nothing.
 
     Args:
         src: as in `extend_checkpoint`.
         plan: what to change.
+        export: as in `extend_checkpoint`.
 
     Returns:
         The report that `extend_checkpoint` would return.
@@ -101,7 +114,7 @@ def preview_checkpoint(src: str | os.PathLike[str], plan: Plan) -> Report:
     Example:
         >>> print(preview_checkpoint("Llama-2-7b", longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})))
     """
-    return _Changed.of(source_folder(src), plan).report
+    return _Changed.of(source_folder(src), plan, export).report
 
 
 @dataclass(frozen=True)
@@ -116,28 +129,40 @@ class _Changed:
     new_generation: dict[str, Any]
     new_length: int | None
     report: Report
+    stock: StockConfig | None
 
     @classmethod
-    def of(cls, source: Path, plan: Plan) -> _Changed:
+    def of(cls, source: Path, plan: Plan | None, export: str | None) -> _Changed:
         import longattn.surgery
         from longattn.hf.families import family_of
 
+        if export not in (None, "stock"):
+            raise ValueError(f"extend: export must be 'stock' or None, got {export!r}")
         stored_config = read_config(source)
         shards = Shards.open(source)
         model = model_without_weights(stored_config, source, sum(1 for _ in shards))
         family_of(model.config)
         check_tensors(model, shards)
         tokenizer, homes = None, {}
-        if plan.tokens is not None:
+        if plan is not None and plan.tokens is not None:
             tokenizer = load_tokenizer(source)
             check_tokenizer(tokenizer, model)
             homes = materialise_embeddings(model, shards)
         config = model.config
         length, generation = config.max_position_embeddings, _as_dict(model.generation_config)
-        report = longattn.surgery.extend(model, tokenizer, plan)
+        exported = plan is None and export is not None
+        report = Report() if exported else longattn.surgery.extend(model, tokenizer, plan)  # type: ignore[arg-type]
         new_length = config.max_position_embeddings if config.max_position_embeddings != length else None
         if new_length is not None:
             report = _follow_length(report, source, tokenizer, new_length)
+        stock = None
+        if export is not None:
+            from longattn.export import stock_config
+            from longattn.hf.proofs import check_attention
+            from longattn.hf.record import layer_patterns
+
+            stock = stock_config(config)
+            report = stock.report(report, None if layer_patterns(config) is None else check_attention(model))
         return cls(
             source=source,
             model=model,
@@ -149,6 +174,7 @@ class _Changed:
             },
             new_length=new_length,
             report=report,
+            stock=stock,
         )
 
     def num_bytes(self) -> int:
@@ -157,7 +183,10 @@ class _Changed:
         return self.shards.num_bytes(self.replaced) + others
 
     def write(self, folder: Path, progress: Progress | None) -> None:
-        self.model.config.save_pretrained(folder)
+        if self.stock is None:
+            self.model.config.save_pretrained(folder)
+        else:
+            self.stock.write(folder)
         self._write_generation_config(folder)
         if self.tokenizer is not None:
             _save_tokenizer(self.tokenizer, folder)
@@ -171,6 +200,8 @@ class _Changed:
         if self.tokenizer is None and self.new_length is not None and tokenizer_config.is_file():
             fields = {**read_json(tokenizer_config), "model_max_length": self.new_length}
             _write_json(tokenizer_config, fields)
+        if self.stock is not None and tokenizer_config.is_file():
+            _write_json(tokenizer_config, legacy_tokenizer_config(read_json(tokenizer_config)))
         self.shards.write(folder, self.replaced, progress)
 
     def _write_generation_config(self, folder: Path) -> None:
@@ -188,6 +219,9 @@ class _Changed:
         from transformers import AutoConfig, AutoTokenizer
 
         Shards.open(folder)
+        if self.stock is not None:
+            self.stock.check(folder, self.source, self.tokenizer)
+            return
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for field in ("rope_parameters", "max_position_embeddings", "vocab_size"):
             if getattr(config, field) != getattr(self.model.config, field):
