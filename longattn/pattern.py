@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Pattern", "parse_pattern", "parse_patterns"]
 
 GRAMMAR = "full, window:W, group:G, group:G+shift or group:G+shift:S, with +sinks:n after any but full"
-_TERM = re.compile(r"^\s*(?:(\d+)\s*[x*]\s*)?([^,]+?)\s*$")
+MAX_TOKENS = 10**15  # no text is longer, and no sum of two such numbers overflows
+_TERM = re.compile(r"(?:([0-9]+)\s*[x*]\s*)?([^,]+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Pattern:
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise ValueError(f"Pattern: {name} must be an int >= 0, got {number!r}")
+            if number > MAX_TOKENS:
+                raise ValueError(f"Pattern: {name} must be at most 10^15, got one of {len(str(number))} digits")
         if self.kind == "full" and (self.size or self.shift or self.sinks):
             raise ValueError(
                 f"Pattern: 'full' takes no size, shift or sinks, got {self.size}, {self.shift}, {self.sinks}"
@@ -163,6 +166,8 @@ def parse_pattern(text: str) -> Pattern:
 def _number(text: str, pattern: str) -> int:
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"pattern {pattern!r}: expected a whole number >= 0, got {text!r}")
+    if len(text.lstrip("0")) > 15:
+        raise ValueError(f"pattern {pattern[:40]!r}: expected a number below 10^15, got one of {len(text)} digits")
     return int(text)
 
 
@@ -190,13 +195,13 @@ def parse_patterns(patterns: str | Sequence[str], num_layers: int) -> list[Patte
         return layers
     cycle: list[Pattern] = []
     for term in patterns.split(","):
-        match = _TERM.match(term)
+        match = _TERM.fullmatch(term.strip())
         if match is None:
             raise ValueError(
                 f"attention must be patterns separated by commas, each with an optional count, got {patterns!r}"
             )
-        count = 1 if match[1] is None else int(match[1])
+        count = 1 if match[1] is None else _number(match[1], term.strip())
         if count < 1:
             raise ValueError(f"attention: a count must be at least 1, got {term.strip()!r}")
-        cycle += [parse_pattern(match[2])] * count
+        cycle += [parse_pattern(match[2])] * min(count, num_layers)  # nothing after the last layer is ever reached
     return [cycle[layer % len(cycle)] for layer in range(num_layers)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from longattn.pattern import Pattern, parse_pattern, parse_patterns
 from longattn.rope_check import check_rope
@@ -16,7 +19,7 @@ __all__ = ["Plan"]
 TOKEN_KEYS = ("tokens", "special", "init", "output_init", "pad_to_multiple_of")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What `longattn.extend` changes; every part may be absent, not all.
 
@@ -57,6 +60,11 @@ class Plan:
             value = getattr(self, part)
             if value is not None:
                 object.__setattr__(self, part, check(value))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return all(_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Plan:
@@ -146,12 +154,39 @@ def _check_tokens(tokens: Any) -> dict[str, Any]:
         raise ValueError(f"Plan: tokens['tokens'] must name at least one token, got {names!r}")
     if not isinstance(tokens.get("special", True), bool):
         raise TypeError(f"Plan: tokens['special'] must be true or false, got {tokens['special']!r}")
+    for name in _token_entries(names):
+        if not isinstance(name, str) and not hasattr(name, "content"):
+            raise TypeError(f"Plan: tokens['tokens'] must hold texts (or AddedToken), got {name!r}")
+    for key in ("init", "output_init"):
+        init = tokens.get(key, "mean")
+        if not isinstance(init, (str, Mapping, Tensor)) and not callable(init) and (init is not None or key == "init"):
+            raise TypeError(
+                f"Plan: tokens[{key!r}] must be a text, a mapping from token to description, a tensor or a callable, "
+                f"got {init!r}"
+            )
     multiple = tokens.get("pad_to_multiple_of")
     if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int)):
         raise TypeError(f"Plan: tokens['pad_to_multiple_of'] must be an int, got {multiple!r}")
     if multiple is not None and multiple < 1:
         raise ValueError(f"Plan: tokens['pad_to_multiple_of'] must be at least 1, got {multiple}")
     return {**tokens, "tokens": dict(names) if isinstance(names, Mapping) else list(names)}
+
+
+def _token_entries(names: Mapping[str, Any] | Sequence[Any]) -> Iterator[Any]:
+    for name in names.values() if isinstance(names, Mapping) else names:
+        if isinstance(names, Mapping) and isinstance(name, Sequence) and not isinstance(name, str):
+            yield from name
+        else:
+            yield name
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality of plans' parts, which may hold tensors."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 def _storable(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""YAML as plans and flags write it: `1e6` is a number, and no key comes twice."""
+"""YAML as plans and flags write it: `1e6` is a number, no key comes twice, nothing is an alias of another part."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import IO, Any
 
 import yaml
@@ -12,14 +13,27 @@ __all__ = ["dump_yaml", "load_yaml"]
 # what YAML 1.2 and people take for a number, and YAML 1.1 for text
 _FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
+# What PyYAML's constructors raise, besides its own errors, for a text that its tag does not fit (`!!bool maybe`).
+TAG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader follows YAML 1.1, where 1e6 is text and the last of two equal keys wins."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A few aliases of aliases stand for more values than any memory holds."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                problem=f"aliases are not read, write out what *{event.anchor} stands for",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key!r} comes twice", problem_mark=node.start_mark
                 )
@@ -45,8 +59,11 @@ def load_yaml(text: str | IO[str], name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"Plan: {name}{place}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Plan: {name} is not YAML text: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ValueError(f"Plan: {name} is nested too deeply") from None
+    except (yaml.YAMLError, *TAG_ERRORS) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"Plan: {name} is not YAML text: {reason}") from None
 
 
 class _Dumper(yaml.SafeDumper):
