@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from longattn.rope import rope_frequencies, stock_parameters
 from longattn.rope_check import ORIGINAL, check_keys_fit, check_length, check_rope
 from longattn.rope_keys import REQUIRED_KEYS, SCALING_KEYS, RopeValues, flat_parameters, is_nested, rope_keys
@@ -16,6 +18,7 @@ __all__ = ["RopeChange", "resolve_rope"]
 
 # What each type is saved as, where that is another one.
 SAVED_AS = {"ntk": "default", "by-parts": "yarn"}
+FULL = "full_attention"
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -76,11 +79,12 @@ def resolve_rope(
         name = "extend: rope" if layer_type is None else f"extend: rope[{layer_type!r}]"
         one = _Merge(name, stored, max_position_embeddings, plan, context, head_dim)
         changes[layer_type] = one.change(length_only)
-    length = _common_length(changes)
     if None in changes:
-        return RopeChange(changes[None].rope_parameters, length)
+        return changes[None]
+    length = _common_length(changes, current, max_position_embeddings, context)
     nested = {key: copy.deepcopy(dict(value)) if value else value for key, value in current.items()}
     nested.update({str(layer_type): change.rope_parameters for layer_type, change in changes.items()})
+    _check_side_effects(nested, changes, head_dim, max_position_embeddings, length)
     return RopeChange(nested, length)
 
 
@@ -95,7 +99,7 @@ def _plans_by_layer_type(current: Mapping[str, Any], rope: dict[str, Any] | None
         return {None: rope}
     layer_types = [key for key, value in current.items() if isinstance(value, Mapping)]
     if not is_nested(rope):
-        rope = {"full_attention": rope}
+        rope = {FULL: rope}
     for layer_type in rope:
         if layer_type not in layer_types:
             raise ValueError(
@@ -104,16 +108,40 @@ def _plans_by_layer_type(current: Mapping[str, Any], rope: dict[str, Any] | None
     return rope  # type: ignore[return-value]
 
 
-def _common_length(changes: Mapping[str | None, RopeChange]) -> int:
-    """The layers that see everything decide; others must agree where there are none such."""
+def _common_length(
+    changes: Mapping[str | None, RopeChange], current: Mapping[str, Any], length: int, context: int | None
+) -> int:
+    """The layers that see everything decide; where there are none, all that the plan names must agree."""
     lengths = {layer_type: change.max_position_embeddings for layer_type, change in changes.items()}
-    if "full_attention" in lengths:
-        return lengths["full_attention"]
+    if FULL in lengths:
+        return lengths[FULL]
+    if isinstance(current.get(FULL), Mapping):
+        if context is not None:
+            raise ValueError(
+                f"extend: context is the length of the layers that see everything, so that rope must name '{FULL}' "
+                f"too, got rope for {list(lengths)}"
+            )
+        return length
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"extend: rope gives the layer types different lengths {lengths}; give the same factors or context"
         )
     return next(iter(lengths.values()))
+
+
+def _check_side_effects(
+    nested: Mapping[str, Any], changes: Mapping[str | None, RopeChange], head_dim: int, before: int, after: int
+) -> None:
+    """Some types read the model's length, which is one for all layer types, so that another type's plan moves them."""
+    for layer_type, parameters in nested.items():
+        if not isinstance(parameters, Mapping):
+            continue
+        meant = changes[layer_type].max_position_embeddings if layer_type in changes else before
+        if not _same_frequencies(parameters, meant, parameters, after, head_dim, 2 * max(meant, after)):
+            raise ValueError(
+                f"extend: rope[{layer_type!r}] of type '{parameters.get('rope_type')}' depends on "
+                f"max_position_embeddings, which is one for all layer types: it would be {after} where {meant} is meant"
+            )
 
 
 @dataclass(frozen=True)
@@ -216,18 +244,28 @@ class _Merge:
 
     def _check_frequencies(self, change: RopeChange, probe: int) -> None:
         """`probe` tokens are beyond both lengths, where types that depend on the text's length differ."""
-        for seq_len in (None, probe):
-            old = rope_frequencies(self.stored, self.head_dim, max_position_embeddings=self.length, seq_len=seq_len)
-            new = rope_frequencies(
-                change.rope_parameters,
-                self.head_dim,
-                max_position_embeddings=change.max_position_embeddings,
-                seq_len=seq_len,
-            )
-            if old[0].shape != new[0].shape or not bool((old[0] == new[0]).all()) or old[1] != new[1]:
-                return
-        asked = "context alone" if not self.plan else f"{self.plan}"
-        raise ValueError(
-            f"{self.name}: {asked} changes no rotary frequency of {self.stored}; give a rope_type and a factor above "
-            "1, or a rope_theta with context"
+        parameters, length = change.rope_parameters, change.max_position_embeddings
+        old, new = (
+            rope_frequencies(which, self.head_dim, max_position_embeddings=self.length)[0].numel()
+            for which in (self.stored, parameters)
         )
+        if old != new:
+            raise ValueError(f"{self.name}: {self.plan} changes the rotary dim, {2 * old}, to {2 * new}")
+        if _same_frequencies(self.stored, self.length, parameters, length, self.head_dim, probe):
+            asked = "context alone" if not self.plan else f"{self.plan}"
+            raise ValueError(
+                f"{self.name}: {asked} changes no rotary frequency of {self.stored}; give a rope_type and a factor "
+                "above 1, or a rope_theta with context"
+            )
+
+
+def _same_frequencies(
+    a: Mapping[str, Any], a_length: int, b: Mapping[str, Any], b_length: int, head_dim: int, probe: int
+) -> bool:
+    """Whether two parameters, each at a length of the model, turn alike in short texts and in one of `probe` tokens."""
+    for seq_len in (None, probe):
+        one = rope_frequencies(a, head_dim, max_position_embeddings=a_length, seq_len=seq_len)
+        other = rope_frequencies(b, head_dim, max_position_embeddings=b_length, seq_len=seq_len)
+        if not torch.equal(one[0], other[0]) or one[1] != other[1]:
+            return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from longattn.hf.families import Family, family_of
 from longattn.hf.fused_rope import check_stock_rope_fits, has_fused_rope, use_stock_rope
 from longattn.hf.proofs import check_attention, check_tokens
 from longattn.hf.record import IMPLEMENTATION, VERSION, as_fields, layer_patterns, original_fields, read_record
-from longattn.hf.rope import check_rotary_modules, head_dim_of, rebuild_rotary_modules
+from longattn.hf.rope import check_rotary_modules, head_dim_of, rebuild_rotary_modules, rope_fields
 from longattn.hf.undo import unchanged_on_error
 from longattn.pattern import Pattern
 from longattn.plan import Plan
@@ -26,7 +27,7 @@ __all__ = ["extend", "restore"]
 
 # transformers' stand-in for a tokenizer that has no limit is int(1e30)
 NO_LIMIT = 10**29
-STOCK_IMPLEMENTATION = "sdpa"
+STOCK_IMPLEMENTATIONS = ("sdpa", "eager")
 PARTS = ("attention", "train_attention")
 
 
@@ -58,7 +59,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     config = model.config
     family = family_of(config)
     family.check(config)
-    rope = _rope_fields(config, plan)
+    rope = _rope_fields(config, family, plan)
     attention = _planned_attention(config, family, plan, rope)
     tokens = _planned_tokens(model, tokenizer, plan)
     changes: list[Change] = []
@@ -141,24 +142,21 @@ class _Attention:
     after: dict[str, list[Pattern]]
 
 
-def _rope_fields(config: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+def _rope_fields(config: PreTrainedConfig, family: Family, plan: Plan) -> dict[str, Any]:
     """The config fields that a plan's rope and context change; empty where it has neither."""
     if plan.rope is None and plan.context is None:
         return {}
-    serving = plan.attention_patterns(config.num_hidden_layers) or layer_patterns(config)
-    bounded = serving is not None and all(pattern.kind != "full" for pattern in serving)
+    serving = plan.attention_patterns(config.num_hidden_layers) or layer_patterns(config) or family.patterns_of(config)
+    rotating = zip(serving, family.rotating_layers(config), strict=True)
     change = resolve_rope(
         config.rope_parameters,
         config.max_position_embeddings,
         plan.rope,
         plan.context,
         head_dim_of(config),
-        length_only=bounded,
+        length_only=all(pattern.kind != "full" for pattern, rotates in rotating if rotates),
     )
-    return {
-        "rope_parameters": change.rope_parameters,
-        "max_position_embeddings": int(change.max_position_embeddings),
-    }
+    return rope_fields(config, family, change)
 
 
 def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rope: dict[str, Any]) -> _Attention | None:
@@ -267,10 +265,11 @@ def _pattern_change(part: str, before: list[Pattern], after: list[Pattern]) -> C
 
 def _set_implementation(model: PreTrainedModel, name: str) -> list[Change]:
     before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(name)
-    except (ImportError, ValueError):
-        # a model restored on another machine than the one that it was extended on may lack its first implementation
-        model.set_attn_implementation(STOCK_IMPLEMENTATION)
+    # a model restored on another machine than the one that it was extended on may lack its first implementation, and
+    # some families have no SDPA
+    for candidate in (name, *STOCK_IMPLEMENTATIONS):
+        with contextlib.suppress(ImportError, ValueError):
+            model.set_attn_implementation(candidate)
+            break
     after = model.config._attn_implementation
     return [] if before == after else [Change("attn_implementation", before, after)]

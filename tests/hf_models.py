@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from reference import half_shifts, visible_mask
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
 
+from longattn.hf.families import attention_modules
 from longattn.pattern import Pattern
 
 LAYERS = 4
@@ -38,22 +31,68 @@ SIZES = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-
-
-def build(family: str, dtype: torch.dtype = torch.float64, **fields) -> PreTrainedModel:
-    """A seeded model: Mistral with a window of 8 in all layers, Qwen2 with one of 8 in the last two."""
-    torch.manual_seed(0)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields}))
-    elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**SIZES, **{"sliding_window": 8, **fields}))
-    else:
-        windows = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **{**windows, **fields}))
-    return model.to(dtype).eval()
-
-
+SLIDING, FULL = "sliding_attention", "full_attention"
+ALTERNATING = dict(sliding_window=8, layer_types=[SLIDING, FULL] * 2)
+QWEN2_WINDOWS = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
+# transformers' grouped experts have no float64
+PICKED = dict(num_experts_per_tok=2, experts_implementation="eager")
+EXPERTS = dict(num_experts=4, moe_intermediate_size=24, **PICKED)
+LOCAL_EXPERTS = dict(num_local_experts=4, **PICKED)
+# Phi-3's second length, at which its frequencies change, is its present one here
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1],
+    "long_factor": [2.0, 3.0],
+}
+# What each family has beyond SIZES; None takes a field out. Windows are 8 tokens wide.
+EXTRA: dict[str, dict[str, Any]] = {
+    "arcee": {},
+    "cohere": dict(logit_scale=0.3),
+    "cohere2": dict(logit_scale=0.3, **ALTERNATING),
+    "cwm": dict(head_dim=8, **ALTERNATING),
+    "ernie4_5": dict(head_dim=8),
+    "gemma": dict(head_dim=16),
+    "gemma2": dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **ALTERNATING),
+    "gemma3_text": dict(head_dim=16, query_pre_attn_scalar=16, **ALTERNATING),
+    "glm": dict(head_dim=8),
+    "glm4": dict(head_dim=8),
+    "gpt_neox": dict(num_key_value_heads=None, rotary_pct=0.5),
+    "gpt_oss": dict(head_dim=8, **ALTERNATING, **LOCAL_EXPERTS),
+    "granite": dict(attention_multiplier=0.2, embedding_multiplier=2.0, residual_multiplier=0.7, logits_scaling=3.0),
+    "granitemoe": dict(attention_multiplier=0.2, **LOCAL_EXPERTS),
+    "helium": dict(head_dim=8),
+    "llama": {},
+    "ministral": dict(head_dim=8, **ALTERNATING),
+    "mistral": dict(sliding_window=8),
+    "mixtral": dict(sliding_window=8, **LOCAL_EXPERTS),
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": ALTERNATING,
+    "olmoe": dict(num_experts=4, **PICKED),
+    "phi": {},
+    "phi3": dict(sliding_window=8, original_max_position_embeddings=32, rope_parameters=LONGROPE),
+    "qwen2": QWEN2_WINDOWS,
+    "qwen2_moe": dict(**EXPERTS, shared_expert_intermediate_size=32, **QWEN2_WINDOWS),
+    "qwen3": dict(head_dim=16, **QWEN2_WINDOWS),
+    "qwen3_moe": dict(head_dim=16, use_sliding_window=True, sliding_window=8, **EXPERTS),
+    "seed_oss": dict(head_dim=8),
+    "smollm3": dict(use_sliding_window=True, sliding_window=8, no_rope_layers=[1, 0, 1, 1]),
+    "stablelm": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "starcoder2": dict(sliding_window=8),
+}
+ALL_FAMILIES = tuple(EXTRA)
+# Those without and with windows of their own, in all layers and in some; enough where no family's own ways matter.
 FAMILIES = ("llama", "mistral", "qwen2")
+
+
+def build(family: str, dtype: torch.dtype = torch.float64, **fields: Any) -> PreTrainedModel:
+    """A seeded model of a family: no dropout, a window of 8 where it has windows."""
+    torch.manual_seed(0)
+    fields = {**SIZES, **copy.deepcopy(EXTRA[family]), **fields}
+    config = CONFIG_MAPPING[family](**{name: value for name, value in fields.items() if value is not None})
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).eval()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,13 +143,13 @@ def masked(stock: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = No
     """Logits of a copy made by `under_eager`, all tokens at once, each layer under its own mask."""
     batch, length = ids.shape
     hooks = []
-    for layer, pattern in zip(stock.model.layers, stock.reference_patterns, strict=True):
+    for attention, pattern in zip(attention_modules(stock), stock.reference_patterns, strict=True):
         mask = score_mask(pattern, batch, length, stock.dtype, **rows)
 
         def replace(module, args, kwargs, mask=mask):
             return args, {**kwargs, "attention_mask": mask}
 
-        hooks.append(layer.self_attn.register_forward_pre_hook(replace, with_kwargs=True))
+        hooks.append(attention.register_forward_pre_hook(replace, with_kwargs=True))
     try:
         return stock(ids, position_ids=position_ids, use_cache=False).logits
     finally:

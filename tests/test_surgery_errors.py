@@ -153,7 +153,7 @@ SMALL = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_h
     ("model", "error"),
     [
         (lambda: FalconForCausalLM(FalconConfig(**SMALL)), "'falcon' is not served: .*AttentionInterface"),
-        (lambda: BertModel(BertConfig(**SMALL)), "'bert' is not served: .*; served are llama, mistral, qwen2"),
+        (lambda: BertModel(BertConfig(**SMALL)), "'bert' is not served: .*; served are .*, llama, .*, qwen2"),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=16, num_layers=1, d_ff=16, num_heads=2)),
             "'t5' is not served: it is an encoder-decoder",

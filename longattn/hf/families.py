@@ -1,7 +1,8 @@
-"""Which model families are served, and where each keeps the windows of its layers."""
+"""Which model families are served, what longattn has to know of each, and why the others are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,19 @@ from transformers import PreTrainedConfig
 
 from longattn.pattern import Pattern
 
-__all__ = ["FAMILIES", "Family", "attention_modules", "config_of", "family_of", "layer_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "attention_modules",
+    "config_of",
+    "family_of",
+    "kv_heads_of",
+    "layer_of",
+    "refusal_of",
+]
+
+WINDOWED = "sliding_attention"
+SERVED_LAYERS = frozenset({"full_attention", WINDOWED})
 
 
 @dataclass(frozen=True)
@@ -21,10 +34,19 @@ class Family:
         model_type: `config.model_type`.
         windows: where the sliding windows of the layers are kept: "none" has none, "shared" has one for all layers
             (`sliding_window`), "layered" has one for the layers that `layer_types` names.
+        interleaved: whether rotary pairs are neighbours (channels 0 and 1, 2 and 3, ...) and not halves apart.
+        rotates: which layers rotate queries and keys: "all", only those with a window of their own ("windowed"), or
+            those that `no_rope_layers` marks with 1 ("listed").
+        rope_types: those that the family's config accepts; empty where it accepts all.
+        gated_mlp: whether the MLP has a gate, a product of two projections.
     """
 
     model_type: str
     windows: Literal["none", "shared", "layered"]
+    interleaved: bool = False
+    rotates: Literal["all", "windowed", "listed"] = "all"
+    rope_types: tuple[str, ...] = ()
+    gated_mlp: bool = True
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a config that says what models of this family do not do."""
@@ -33,13 +55,29 @@ class Family:
                 f"extend: a {self.model_type} has no sliding windows, got sliding_window {config.sliding_window}: its "
                 "cache would forget keys that its mask shows"
             )
-        if self.windows != "layered" and getattr(config, "layer_types", None) is not None:
+        layer_types = getattr(config, "layer_types", None)
+        if self.windows != "layered" and layer_types is not None:
             raise ValueError(
-                f"extend: a {self.model_type} has one kind of layer, got layer_types {config.layer_types}; load the "
+                f"extend: a {self.model_type} has one kind of layer, got layer_types {layer_types}; load the "
                 "checkpoint as the architecture that reads them"
             )
-        if not getattr(config, "is_causal", True):
-            raise ValueError("extend: only causal decoders are served, got a config with is_causal False")
+        if not set(layer_types or ()) <= SERVED_LAYERS:
+            raise ValueError(
+                f"extend: layer_types must be full_attention or sliding_attention, got {sorted(set(layer_types))}"
+            )
+        two_way = getattr(config, "use_bidirectional_attention", None)
+        if two_way or not getattr(config, "is_causal", True):
+            field = "use_bidirectional_attention True" if two_way else "is_causal False"
+            raise ValueError(f"extend: only causal decoders are served, got a config with {field}")
+
+    def check_rope(self, rope_types: set[str]) -> None:
+        """Refuse rope types that transformers would not load in this family."""
+        others = sorted(rope_types - set(self.rope_types)) if self.rope_types else []
+        if others:
+            raise ValueError(
+                f"extend: a {self.model_type} config only takes the rope types {', '.join(self.rope_types)} (ntk is "
+                f"saved as default), got {others[0]!r}"
+            )
 
     def windows_of(self, config: PreTrainedConfig) -> list[int | None]:
         """Tokens in each layer's sliding window, the query's own included; None where a layer sees all."""
@@ -48,24 +86,59 @@ class Family:
             return [None] * layers
         if self.windows == "shared":
             return [config.sliding_window] * layers
-        return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+        return [config.sliding_window if kind == WINDOWED else None for kind in config.layer_types]
 
     def patterns_of(self, config: PreTrainedConfig) -> list[Pattern]:
         """Each layer's own pattern, as transformers' stock attention gives it."""
         return [Pattern("full") if size is None else Pattern("window", size) for size in self.windows_of(config)]
 
+    def rotating_layers(self, config: PreTrainedConfig) -> list[bool]:
+        """Which layers rotate queries and keys; whatever a plan makes of their patterns, that stays."""
+        if self.rotates == "windowed":
+            return [size is not None for size in self.windows_of(config)]
+        if self.rotates == "listed":
+            return [bool(flag) for flag in config.no_rope_layers]
+        return [True] * config.num_hidden_layers
+
 
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family("arcee", "none", gated_mlp=False),
+        Family("cohere", "none", interleaved=True),
+        Family("cohere2", "layered", interleaved=True, rotates="windowed"),
+        Family("cwm", "layered"),
+        Family("ernie4_5", "none", interleaved=True),
+        Family("gemma", "none"),
+        Family("gemma2", "layered"),
+        Family("gemma3_text", "layered"),
+        Family("glm", "none", interleaved=True),
+        Family("glm4", "none", interleaved=True),
+        Family("gpt_neox", "none", gated_mlp=False),
+        Family("gpt_oss", "layered"),
+        Family("granite", "none"),
+        Family("granitemoe", "none"),
+        Family("helium", "none", interleaved=True),
         Family("llama", "none"),
+        Family("ministral", "layered"),
         Family("mistral", "shared"),
+        Family("mixtral", "shared"),
+        Family("olmo", "none"),
+        Family("olmo2", "none"),
+        Family("olmo3", "layered"),
+        Family("olmoe", "none"),
+        Family("phi", "none", gated_mlp=False),
+        Family("phi3", "shared", rope_types=("default", "longrope")),
         Family("qwen2", "layered"),
+        Family("qwen2_moe", "layered"),
+        Family("qwen3", "layered"),
+        Family("qwen3_moe", "shared"),
+        Family("seed_oss", "none"),
+        Family("smollm3", "layered", rotates="listed"),
+        Family("stablelm", "none"),
+        Family("starcoder2", "shared", gated_mlp=False),
     )
 }
-
-# Architectures whose attention transformers' AttentionInterface does not reach.
-NOT_HOOKED = frozenset({"gptj", "codegen", "falcon", "roformer", "gpt_neox_japanese", "clvp"})
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -77,20 +150,64 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is not None:
         return family
-    served = ", ".join(sorted(FAMILIES))
+    raise ValueError(
+        f"extend: model_type {config.model_type!r} is not served: {refusal_of(config)}; served are "
+        f"{', '.join(sorted(FAMILIES))}"
+    )
+
+
+# Architectures whose attention transformers' AttentionInterface does not reach.
+NOT_HOOKED = frozenset(
+    "big_bird bloom clvp codegen cpmant diffllama falcon falcon_mamba gpt_neo gpt_neox_japanese gptj mamba mamba2 "
+    "megatron-bert mpt openai-gpt reformer rembert roformer rwkv trocr xglm xlm xlnet xlstm".split()
+)
+NOT_SERVED = {
+    "its keys are compressed (MLA), and one rotated part of them is shared by all heads": (
+        "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
+        "longcat_flash minicpm3 youtu"
+    ),
+    "its keys are compressed over several tokens": "deepseek_v4",
+    "its last layers attend to the keys of earlier ones, which their patterns would have to share": (
+        "gemma3n_text gemma4_text gemma4_unified_text"
+    ),
+    "its rotary embedding turns complex numbers, and its queries are scaled by their position": "llama4_text",
+    "its queries are scaled by their position": "ministral3 mistral_large4",
+    "its layers have rotary bases of their own": "granite_swa granitemoe_swa",
+    "its rotary embedding turns the other way round": "nanochat",
+}
+REASONS = {name: reason for reason, names in NOT_SERVED.items() for name in names.split()}
+
+
+def refusal_of(config: PreTrainedConfig) -> str:
+    """Why a config's family is not served."""
+    layer_types = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYERS
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if config.sub_configs:
+        return (
+            f"it is made of several models ({', '.join(sorted(config.sub_configs))}), and a decoder of text alone is "
+            "needed, such as gemma3_text beside gemma3"
+        )
     if config.model_type in NOT_HOOKED:
-        reason = "its attention does not go through transformers' AttentionInterface"
-    elif config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    else:
-        reason = "where it keeps its windows and rotary modules is not known to longattn"
-    raise ValueError(f"extend: model_type {config.model_type!r} is not served: {reason}; served are {served}")
+        return "its attention does not go through transformers' AttentionInterface"
+    if config.model_type in REASONS:
+        return REASONS[config.model_type]
+    if layer_types:
+        return f"it has layers that keep no keys of each token, or not those alone ({', '.join(sorted(layer_types))})"
+    if not getattr(config, "rope_parameters", None):
+        return "it has no rotary embedding that is built from its config"
+    return "it is not among those that were compared with transformers' own attention"
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a decoder, by layer."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
-    return sorted(found, key=layer_of)
+    return sorted(_attention_modules(model), key=layer_of)
+
+
+def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "scaling"):
+            yield module
 
 
 def layer_of(attention: nn.Module) -> int:
@@ -101,3 +218,8 @@ def layer_of(attention: nn.Module) -> int:
 def config_of(attention: nn.Module) -> PreTrainedConfig:
     """The config that an attention module reads at each call."""
     return attention.config  # type: ignore[return-value]
+
+
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """Key-value heads of a layer; configs that don't name them have one for each query head."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

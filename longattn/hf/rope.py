@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from longattn.hf.families import Family
 from longattn.rope import rope_frequencies, rope_layers
+from longattn.rope_check import ORIGINAL
+from longattn.rope_plan import RopeChange
 
 __all__ = [
     "check_rotary_modules",
     "head_dim_of",
     "rebuild_rotary_modules",
+    "rope_fields",
     "rotary_modules",
 ]
 
@@ -33,6 +39,38 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rope_fields(config: PreTrainedConfig, family: Family, change: RopeChange) -> dict[str, Any]:
+    """The config fields that a change of rope writes.
+
+    Besides the two of `change` these are fields that transformers prefers to what `rope_parameters` say.
+
+    Args:
+        config: as it is before.
+        family: the config's.
+        change: the new parameters and length.
+
+    Raises:
+        ValueError: transformers would read other parameters from this config than `change` has.
+    """
+    layers = rope_layers(change.rope_parameters)
+    family.check_rope({str(parameters["rope_type"]) for parameters in layers.values()})
+    fields: dict[str, Any] = {
+        "rope_parameters": change.rope_parameters,
+        "max_position_embeddings": int(change.max_position_embeddings),
+    }
+    for layer_type, parameters in layers.items():
+        if layer_type is not None and parameters.get("truncate") is False:
+            raise ValueError(
+                f"extend: rope[{layer_type!r}]['truncate'] must be true, got False: transformers reads it beside the "
+                "layer types, for all of them"
+            )
+        if layer_type is None and ORIGINAL in parameters and hasattr(config, ORIGINAL):
+            fields[ORIGINAL] = parameters[ORIGINAL]  # Phi-3's configs keep it beside `rope_parameters` too
+    if getattr(config, "head_dim", 0) is None:
+        fields["head_dim"] = head_dim_of(config)  # transformers' yarn, dynamic and longrope fail on None
+    return fields
+
+
 def rebuild_rotary_modules(model: PreTrainedModel) -> None:
     """Give every rotary module the state that a fresh one has under the model's config, on the module's device.
 
@@ -50,8 +88,9 @@ def rebuild_rotary_modules(model: PreTrainedModel) -> None:
             delattr(module, name)
         for name, buffer in fresh._buffers.items():
             module.register_buffer(name, None if buffer is None else buffer.to(device), persistent=False)
-        # longrope keeps the table of its long texts in a plain attribute, built when the first long text comes
-        for name in [name for name in vars(module) if name.endswith("long_inv_freq")]:
+        # what longrope and dynamic note when the first long text comes
+        noted = [name for name in vars(module) if name.endswith(("long_inv_freq", "_max_seq_len_cached"))]
+        for name in noted:
             delattr(module, name)
 
 
@@ -73,6 +112,8 @@ def check_rotary_modules(model: PreTrainedModel) -> str:
             with torch.device("cpu"):
                 module = type(module)(config=config)
         for layer_type, parameters in rope_layers(config.rope_parameters).items():
+            if layer_type is not None and layer_type not in config.layer_types:
+                continue
             prefix = "" if layer_type is None else f"{layer_type}_"
             expected, scaling = rope_frequencies(
                 parameters,
