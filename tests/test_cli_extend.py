@@ -50,7 +50,7 @@ def src_is_untouched(src):
 def plan_of(monkeypatch, arguments):
     """The plan that the command hands over, and the folders."""
     plans = []
-    monkeypatch.setattr("longattn.checkpoint.preview_checkpoint", lambda src, plan: plans.append(plan))
+    monkeypatch.setattr("longattn.checkpoint.preview_checkpoint", lambda src, plan, export: plans.append(plan))
     result = runner.invoke(app, ["src", *arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     return plans[0]

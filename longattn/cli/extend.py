@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -37,6 +37,14 @@ from longattn.cli.plan_flags import (
 
 __all__ = ["extend"]
 
+Export = Annotated[
+    str | None,
+    typer.Option(
+        metavar="stock",
+        help="Write a checkpoint that transformers loads without longattn; without other flags SRC is only converted.",
+    ),
+]
+
 
 def extend(
     src: Annotated[str, typer.Argument(help="A checkpoint's folder, or the id of a model on the Hub.")],
@@ -53,6 +61,7 @@ def extend(
     token_output_init: TokenOutputInit = None,
     plain: Plain = False,
     pad_to_multiple_of: PadToMultipleOf = None,
+    export: Export = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change and write nothing.")] = False,
 ) -> None:
     """Change a checkpoint's rotary embedding, length, attention or tokens, and write the new one to DST."""
@@ -71,14 +80,15 @@ def extend(
             plain=plain,
             pad_to_multiple_of=pad_to_multiple_of,
         )
-        if wanted is None:
+        form = _form(export)
+        if wanted is None and form is None:
             raise ValueError(
-                "say what to change: --plan, --rope-type, --factor, --context, --attention, --add-token, ..."
+                "say what to change: --plan, --rope-type, --factor, --context, --attention, --add-token, --export, ..."
             )
         from longattn.checkpoint import extend_checkpoint, preview_checkpoint
 
         if dry_run:
-            typer.echo(str(preview_checkpoint(src, wanted)))
+            typer.echo(str(preview_checkpoint(src, wanted, export=form)))
             return
         if dst is None:
             raise ValueError("DST is missing; give the folder to write, or --dry-run")
@@ -90,9 +100,15 @@ def extend(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            report = extend_checkpoint(src, dst, wanted, progress=_shown_on(bar))
+            report = extend_checkpoint(src, dst, wanted, export=form, progress=_shown_on(bar))
         typer.echo(str(report))
         typer.echo(f"wrote {dst}")
+
+
+def _form(export: str | None) -> Literal["stock"] | None:
+    if export is None or export == "stock":
+        return export  # type: ignore[return-value]
+    raise ValueError(f"--export must be stock, got {export!r}")
 
 
 def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
