@@ -5,12 +5,14 @@ The formulas of each rope type are in `rope_types.py`, reading and checking thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longattn.pattern import MAX_TOKENS
 from longattn.rope_keys import KNOWN_KEYS, SCALING_KEYS, RopeValues, flat_parameters, is_nested, rope_keys
 from longattn.rope_types import FREQUENCY_TABLES, RopeRequest, ntk_theta
 
@@ -63,7 +65,7 @@ def rope_frequencies(
 
     Raises:
         ValueError: a value is missing, out of range, or of the wrong length; a type or key is unknown; the dict
-            is nested by layer type.
+            is nested by layer type; float64 can't hold the frequencies.
         TypeError: an argument has the wrong type.
 
     Reference:
@@ -85,9 +87,20 @@ def rope_frequencies(
             raise TypeError(f"{caller}: {name} must be an int or None, got {type(length).__name__}")
         if length is not None and length < 1:
             raise ValueError(f"{caller}: {name} must be at least 1, got {length}")
+        if length is not None and length > MAX_TOKENS:
+            raise ValueError(f"{caller}: {name} must be at most 10^15, got {length}")
     rotary_dim = values.rotary_dim(head_dim)
     request = RopeRequest(values, head_dim, rotary_dim, max_position_embeddings, seq_len)
-    return FREQUENCY_TABLES[values.rope_type](request)
+    try:
+        inv_freq, scaling = FREQUENCY_TABLES[values.rope_type](request)
+    except ArithmeticError:
+        inv_freq, scaling = torch.tensor([math.inf]), math.inf
+    if not bool(inv_freq.isfinite().all()) or not 0 < scaling < math.inf:
+        raise ValueError(
+            f"{caller}: rope_parameters must give finite frequencies and a positive factor of cos and sin, got "
+            f"{dict(values.parameters)}"
+        )
+    return inv_freq, scaling
 
 
 def rope_cos_sin(
@@ -109,8 +122,9 @@ def rope_cos_sin(
         cos and sin, each `(*positions.shape, rotary_dim / 2)` in `dtype`.
 
     Raises:
-        TypeError: positions are neither integer nor floating point, inv_freq or dtype not floating point.
-        ValueError: inv_freq is not one-dimensional or on another device.
+        TypeError: positions are neither integer nor floating point, inv_freq or dtype not floating point, or
+            attention_scaling no number.
+        ValueError: inv_freq is not one-dimensional or on another device, or attention_scaling not finite.
 
     Reference:
         Su et al., 2021, RoFormer, arXiv:2104.09864.
@@ -123,6 +137,9 @@ def rope_cos_sin(
                 [ 0.5403,  0.9999],
                 [-0.4161,  0.9998]])
     """
+    for name, tensor in (("positions", positions), ("inv_freq", inv_freq)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"rope_cos_sin: {name} must be a tensor, got {type(tensor).__name__}")
     if positions.dtype == torch.bool or positions.is_complex():
         raise TypeError(f"rope_cos_sin: positions must be integer or floating point, got {positions.dtype}")
     if not inv_freq.is_floating_point():
@@ -133,8 +150,12 @@ def rope_cos_sin(
         raise ValueError(
             f"rope_cos_sin: inv_freq must be on the device of positions, {positions.device}, got {inv_freq.device}"
         )
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"rope_cos_sin: dtype must be floating point, got {dtype}")
+    if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, int | float | torch.SymFloat):
+        raise TypeError(f"rope_cos_sin: attention_scaling must be a number, got {attention_scaling!r}")
+    if not abs(attention_scaling) < math.inf:
+        raise ValueError(f"rope_cos_sin: attention_scaling must be finite, got {attention_scaling!r}")
     phases = positions.to(torch.float64).unsqueeze(-1) * inv_freq.to(torch.float64)  # (*positions.shape, d/2)
     return (phases.cos() * attention_scaling).to(dtype), (phases.sin() * attention_scaling).to(dtype)
 

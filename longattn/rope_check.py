@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from longattn.pattern import MAX_TOKENS
 from longattn.rope_keys import SCALING_KEYS, SHARED_KEYS, RopeValues, flat_parameters, is_nested, nearest, rope_keys
 
 __all__ = ["ORIGINAL", "check_keys_fit", "check_length", "check_rope"]
@@ -63,7 +65,8 @@ def _json_able(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_able(entry) for entry in value]
     if isinstance(value, Real) and not isinstance(value, (int, float)):
-        return int(value) if isinstance(value, Integral) else float(value)
+        with contextlib.suppress(OverflowError):  # a number that no float holds is refused as it is
+            return int(value) if isinstance(value, Integral) else float(value)
     return copy.deepcopy(value)
 
 
@@ -100,3 +103,5 @@ def check_length(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, a number of tokens, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1 token, got {value}")
+    if value > MAX_TOKENS:
+        raise ValueError(f"{name} must be at most 10^15 tokens, got {value}")

@@ -28,6 +28,7 @@ OPTIONAL_KEYS: dict[str, tuple[str, ...]] = {
     "proportional": ("factor",),
 }
 SHARED_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+MAX_HEAD_DIM = 2**16
 # Keys that checkpoints keep beside the rotary parameters and that the frequencies don't depend on.
 FOREIGN_KEYS = (
     "mrope_section",
@@ -98,6 +99,14 @@ def _rope_type(caller: str, parameters: Mapping[str, Any]) -> str:
     return name
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 class RopeValues:
     """Checked access to the values of flat rotary parameters; every error names the caller, the key and the value."""
 
@@ -119,8 +128,7 @@ class RopeValues:
         value = self.parameters.get(key, default)
         if value is None:
             raise ValueError(f"{self.caller}: rope_parameters of type '{self.rope_type}' needs '{key}'")
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < at_least or value <= above:
+        if not _is_finite(value) or value < at_least or value <= above:
             bound = f" of at least {at_least:g}" if at_least > -math.inf else ""
             bound += f" above {above:g}" if above > -math.inf else ""
             raise ValueError(f"{self.caller}: rope_parameters['{key}'] must be a finite number{bound}, got {value!r}")
@@ -139,8 +147,7 @@ class RopeValues:
                 f"got {len(values)}"
             )
         for index, value in enumerate(values):
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value <= 0:
+            if not _is_finite(value) or value <= 0:
                 raise ValueError(
                     f"{self.caller}: rope_parameters['{key}'][{index}] must be a finite number above 0, got {value!r}"
                 )
@@ -180,6 +187,8 @@ class RopeValues:
             raise TypeError(f"{self.caller}: head_dim must be an int, got {type(head_dim).__name__}")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"{self.caller}: head_dim must be an even number of at least 2, got {head_dim}")
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"{self.caller}: head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}")
         share = self.number("partial_rotary_factor", 1.0, above=0.0)
         if share > 1.0:
             raise ValueError(f"{self.caller}: rope_parameters['partial_rotary_factor'] must be at most 1, got {share}")
