@@ -9,7 +9,6 @@ file gains a name that the new code alone reads.
 from __future__ import annotations
 
 import dis
-import functools
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -27,8 +26,7 @@ __all__ = [
     "Fused",
     "exact_tables",
     "forward_is_its_class",
-    "fused_attention",
-    "fused_rotary",
+    "fused_class",
     "layer_types",
     "original_length",
     "prefix_of",
@@ -49,7 +47,7 @@ class Fused(nn.Module):
     longattn_interleaved: bool | None  # None for rotary modules
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
+        _, _, *state = tuple(super().__reduce_ex__(max(2, protocol)))
         return _blank, (self.longattn_stock, self.longattn_interleaved), *state
 
     def extra_repr(self) -> str:
@@ -65,7 +63,7 @@ class ExactPhases(Fused):
     """
 
     def __init__(self, config: Any, device: Any = None) -> None:
-        super().__init__(config=config, device=device)  # type: ignore[call-arg]
+        super().__init__(config=config, device=device)
         self.set_frequencies()
 
     def set_frequencies(self) -> None:
@@ -94,7 +92,8 @@ class ExactPhases(Fused):
         prefix, rope_type = prefix_of(layer_type), rope_type_of(self, layer_type)
         if rope_type == "dynamic":
             _follow_length(self, x, position_ids, layer_type)
-            return _exact(self, layer_type, int(getattr(self, f"{prefix}max_seq_len_cached", self.max_seq_len_cached)))
+            length: Any = getattr(self, f"{prefix}max_seq_len_cached", None) or self.max_seq_len_cached
+            return _exact(self, layer_type, int(length))
         tables = getattr(self, f"{prefix}inv_freq_bits").view(torch.float64)
         if rope_type != "longrope":
             return tables[0]
@@ -175,15 +174,26 @@ def stock_apply(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
     return cls.forward.__globals__[STOCK_APPLY]
 
 
-@functools.cache
-def fused_rotary(stock: type[nn.Module]) -> type[ExactPhases]:
-    """The class of a rotary module with exact phases."""
+_classes: dict[tuple[type[nn.Module], bool | None], type[Any]] = {}
+
+
+def fused_class(stock: type[nn.Module], interleaved: bool | None) -> type[Any]:
+    """The class for modules of a stock class: rotary ones where `interleaved` is None, else attention.
+
+    Two threads may make one each; nothing asks whether two modules have the same.
+    """
+    key = stock, interleaved
+    if key not in _classes:
+        _classes[key] = _fused_attention(stock, interleaved) if interleaved is not None else _fused_rotary(stock)
+    return _classes[key]
+
+
+def _fused_rotary(stock: type[nn.Module]) -> type[Any]:
     return _subclass(stock, ExactPhases, None, {})
 
 
-@functools.cache
-def fused_attention(stock: type[nn.Module], interleaved: bool) -> type[Fused]:
-    """The class of an attention module whose forward calls `longattn.apply_rope`.
+def _fused_attention(stock: type[nn.Module], interleaved: bool) -> type[Any]:
+    """An attention class whose forward calls `longattn.apply_rope`.
 
     The code is the stock one but for the name of one global, and its globals are the modelling file's own, so that
     whatever else it reads there stays live, and `torch.compile` guards on the file as it does for the stock code.
@@ -212,7 +222,7 @@ def _subclass(stock: type[nn.Module], mixin: type[Any], interleaved: bool | None
 
 def _blank(stock: type[nn.Module], interleaved: bool | None) -> nn.Module:
     """An empty module of a changed class, for copies and pickles to fill."""
-    cls = fused_rotary(stock) if interleaved is None else fused_attention(stock, interleaved)
+    cls = fused_class(stock, interleaved)
     return cls.__new__(cls)
 
 

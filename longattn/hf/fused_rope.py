@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longattn.hf.families import FAMILIES, attention_modules, refusal_of
 from longattn.hf.fused_modules import (
     STOCK_APPLY,
     ExactPhases,
     Fused,
     exact_tables,
     forward_is_its_class,
-    fused_attention,
-    fused_rotary,
+    fused_class,
     layer_types,
     original_length,
     prefix_of,
@@ -24,19 +24,14 @@ from longattn.hf.fused_modules import (
     set_class,
     stock_apply,
 )
-from longattn.hf.rope import FREQUENCY_RTOL, head_dim_of, rotary_modules
+from longattn.hf.rope import FREQUENCY_RTOL, rotary_modules
 from longattn.ops.apply_rope import apply_rope
 from longattn.rope import rope_cos_sin
 from longattn.wrappers import check_model
 
-__all__ = ["FUSED_FAMILIES", "check_stock_rope_fits", "has_fused_rope", "use_fused_rope", "use_stock_rope"]
+__all__ = ["check_stock_rope_fits", "has_fused_rope", "use_fused_rope", "use_stock_rope"]
 
-# model types whose layers use cos and sin in one call of apply_rotary_pos_emb and nowhere else
-FUSED_FAMILIES = frozenset(
-    ["cohere", "cohere2", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "olmo2"]
-    + ["olmo3", "phi3", "qwen2", "qwen3"]
-)
-# of probed rotations by less than 8 radians; another pairing or width of the tables is off by about 1
+# of random tokens turned by less than 8 radians; another pairing, direction or table is off by about 1
 PROBE_ATOL = 1e-4
 
 
@@ -108,74 +103,78 @@ def use_stock_rope(model: nn.Module) -> None:
 
 def _planned(model: PreTrainedModel) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Every module to change with its new class, all of them checked."""
-    model_type = model.config.model_type
-    if model_type not in FUSED_FAMILIES:
-        served = ", ".join(sorted(FUSED_FAMILIES))
-        raise ValueError(f"use_fused_rope: model_type {model_type!r} is not served; served are {served}")
-    rotary = rotary_modules(model)
-    attention = [(name, module) for name, module in model.named_modules() if rotates_once(type(module))]
-    layers = model.config.num_hidden_layers
-    if not rotary or len(attention) != layers:
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(f"use_fused_rope: model_type {config.model_type!r} is not served: {refusal_of(config)}")
+    rotary, attention = rotary_modules(model), attention_modules(model)
+    if not rotary or len(attention) != config.num_hidden_layers:
         raise ValueError(
-            f"use_fused_rope: a {model_type} of {layers} layers needs a rotary module, and in each layer an attention that "
-            f"calls {STOCK_APPLY} once, got {len(rotary)} and {len(attention)}; other code has replaced them"
+            f"use_fused_rope: a {config.model_type} of {config.num_hidden_layers} layers must have a rotary module and "
+            f"as many attention modules, got {len(rotary)} and {len(attention)}; other code has replaced them"
         )
-    for name, module in (*rotary, *attention):
-        if not forward_is_its_class(module):
-            raise ValueError(f"use_fused_rope: the forward of {name} has been replaced by {module.forward!r}")
     for name, module in rotary:
         _check_frequencies(name, module)
     fresh = _fresh(rotary[0][1])
-    pairings = {type(module): _interleaved(type(module), fresh) for _, module in attention}
-    swaps: list[tuple[nn.Module, type[nn.Module]]] = [(module, fused_rotary(type(module))) for _, module in rotary]
-    return swaps + [(module, fused_attention(type(module), pairings[type(module)])) for _, module in attention]
+    for cls in dict.fromkeys(type(module) for module in attention):
+        _check_rotation(cls, fresh, family.interleaved)
+    for module in (*(module for _, module in rotary), *attention):
+        if not forward_is_its_class(module):
+            raise ValueError(f"use_fused_rope: a {type(module).__name__} has another forward than its class")
+    return [
+        *((module, fused_class(type(module), None)) for _, module in rotary),
+        *((module, fused_class(type(module), family.interleaved)) for module in attention),
+    ]
 
 
 def _fresh(rotary: nn.Module) -> Any:
-    """A rotary module as stock builds it from the config, on the CPU."""
+    """A rotary module as transformers builds it from the config, on the CPU."""
     with torch.device("cpu"):
         return type(rotary)(config=rotary.config)
 
 
 def _check_frequencies(name: str, rotary: nn.Module) -> None:
-    """Show that exact frequencies of the config are the module's own, but for what its dtype rounds."""
+    """Show that a module turns by the exact frequencies of its config, but for what its dtype rounds."""
     fresh = _fresh(rotary)
+    parameters = fresh.config.rope_parameters
     for layer_type in layer_types(fresh):
         prefix = prefix_of(layer_type)
-        tables = exact_tables(fresh, layer_type)
+        exact = exact_tables(fresh, layer_type)
         held: Tensor = getattr(rotary, f"{prefix}original_inv_freq")
         if held.device.type == "meta":
             raise ValueError(f"use_fused_rope: {name} is on the meta device; load the model's weights first")
         stock = [getattr(fresh, f"{prefix}original_inv_freq")]
         if rope_type_of(fresh, layer_type) == "longrope":
-            past = torch.tensor([[original_length(fresh, layer_type)]])
-            fresh(torch.zeros(1), past, *([] if layer_type is None else [layer_type]))
+            past = torch.tensor([[original_length(fresh, layer_type)]], device="cpu")
+            fresh(torch.zeros(1, device="cpu"), past, *_arguments(layer_type))
             stock.append(getattr(fresh, f"{prefix}inv_freq"))
-        pairs = list(zip(stock, tables, [FREQUENCY_RTOL] * 2, strict=False))
-        pairs.append((held.cpu(), tables[0], max(FREQUENCY_RTOL, torch.finfo(held.dtype).eps)))
-        for found, exact, rtol in pairs:
-            if found.shape != exact.shape or not torch.allclose(found.double(), exact, rtol=rtol, atol=0.0):
+        for found, expected in (*zip(stock, exact, strict=True), (held.cpu(), exact[0])):
+            rtol = max(FREQUENCY_RTOL, torch.finfo(found.dtype).eps)
+            if found.shape != expected.shape or not torch.allclose(found.double(), expected, rtol=rtol, atol=0.0):
                 raise ValueError(
-                    f"use_fused_rope: {name} does not turn by the frequencies of config.rope_parameters "
-                    f"{rotary.config.rope_parameters}; was the config edited after the model was built?"
+                    f"use_fused_rope: {name} does not turn by the frequencies of config.rope_parameters {parameters}; "
+                    "was the config edited after the model was built?"
                 )
 
 
-def _interleaved(attention: type[nn.Module], fresh: Any) -> bool:
-    """How an attention pairs the channels that it rotates, found by rotating a few random tokens either way."""
+def _check_rotation(attention: type[nn.Module], fresh: Any, interleaved: bool) -> None:
+    """Show on a few random tokens that `apply_rope` rotates as the function that an attention calls now."""
+    if not rotates_once(attention):
+        raise ValueError(f"use_fused_rope: the forward of {attention.__name__} does not call {STOCK_APPLY} once")
     layer_type = layer_types(fresh)[0]
+    inv_freq = exact_tables(fresh, layer_type)[0]
     positions = torch.arange(8, device="cpu")
     noise = torch.Generator().manual_seed(0)
-    shape = (1, 2, 8, head_dim_of(fresh.config))
+    shape = (1, 2, 8, 2 * inv_freq.numel())  # the channels that rotate; some attentions pass no others
     query, key = (torch.randn(shape, generator=noise, device="cpu") for _ in range(2))
-    stock_tables = fresh(query, positions[None], *([] if layer_type is None else [layer_type]))
-    stock = stock_apply(attention)(query, key, *stock_tables)
+    tables = fresh(torch.zeros(1, device="cpu"), positions[None], *_arguments(layer_type))
+    stock = stock_apply(attention)(query, key, *tables)
     scaling = getattr(fresh, f"{prefix_of(layer_type)}attention_scaling")
-    cos, sin = rope_cos_sin(positions, exact_tables(fresh, layer_type)[0], scaling)
-    for interleaved in (False, True):
-        fused = apply_rope(query, key, cos, sin, interleaved=interleaved)
-        if all(torch.allclose(a, b, rtol=0.0, atol=PROBE_ATOL * scaling) for a, b in zip(fused, stock, strict=True)):
-            return interleaved
-    raise ValueError(
-        f"use_fused_rope: {attention.__name__} pairs the channels that it rotates neither half-split nor interleaved"
-    )
+    fused = apply_rope(query, key, *rope_cos_sin(positions, inv_freq, scaling), interleaved=interleaved)
+    if not all(torch.allclose(a, b, rtol=0.0, atol=PROBE_ATOL * scaling) for a, b in zip(fused, stock, strict=True)):
+        raise ValueError(f"use_fused_rope: {attention.__name__} rotates in another way than longattn.apply_rope")
+
+
+def _arguments(layer_type: str | None) -> tuple[str, ...]:
+    """What a rotary module is called with besides the positions."""
+    return () if layer_type is None else (layer_type,)
