@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.ops import dispatch, pure_backward, pure_forward
 from longattn.ops.band import Band
-from longattn.ops.checks import check_attention, check_row_values, check_rows
+from longattn.ops.checks import check_attention, check_row_values, check_rows, check_types
 from longattn.ops.layout import empty_like_order
 from longattn.ops.rows import Rows
 from longattn.ops.scores import Job, accumulate_dtype
@@ -27,8 +27,10 @@ Bands = tuple[tuple[tuple[int, Band], ...], tuple[int, ...]]  # ((shift, band), 
 
 
 def options(
+    op: str,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     scale: float | None,
     softcap: float,
     sink_tokens: int,
@@ -38,6 +40,9 @@ def options(
     kv_end: Tensor | None,
 ) -> tuple[Any, ...]:
     """The torch op's arguments after the band's, for queries that are the last of the keys' tokens."""
+    rows: dict[str, object] = dict(cu_seqlens=cu_seqlens, kv_start=kv_start, kv_end=kv_end)
+    tensors = dict(query=query, key=key, value=value, sink_logits=sink_logits, **rows)
+    check_types(op, tensors, 1.0 if scale is None else scale, softcap, sink_tokens)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
     start = key.shape[2] - query.shape[2]
@@ -65,8 +70,8 @@ def define_attention(
     )
 
     def check(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...]) -> Rows:
-        _, softcap, sinks, sink_logits, cu_seqlens, kv_start, kv_end, query_start, key_start = args[-NUM_OPTIONS:]
-        check_attention(op, query, key, value, softcap, sinks, sink_logits)
+        scale, softcap, sinks, sink_logits, cu_seqlens, kv_start, kv_end, query_start, key_start = args[-NUM_OPTIONS:]
+        check_attention(op, query, key, value, scale, softcap, sinks, sink_logits)
         rows = Rows(query_start, key_start, cu_seqlens, kv_start, kv_end)
         check_rows(op, query, key, rows)
         check_band(query, *args[:-NUM_OPTIONS])

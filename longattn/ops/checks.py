@@ -8,9 +8,11 @@ from torch import Tensor
 from longattn.ops import dispatch
 from longattn.ops.rows import Rows
 
-__all__ = ["check_attention", "check_row_values", "check_rows", "is_int"]
+__all__ = ["check_attention", "check_count", "check_row_values", "check_rows", "check_types", "is_int"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_TOKENS = 2**60  # a position and a window, or a group and its shift, add up within int64
+MAX_SOFTCAP = 1e30  # it and its inverse are float32 numbers
 
 
 def is_int(value: object) -> bool:
@@ -18,8 +20,37 @@ def is_int(value: object) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
+def check_count(op: str, name: str, count: object) -> None:
+    """Check that a number of tokens is an int that positions can be added to."""
+    if not is_int(count):
+        raise TypeError(f"{op}: {name} must be an int, got {count!r}")
+    if count > MAX_TOKENS:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} must be at most 2^60 tokens, got {count}")
+
+
+def check_types(op: str, tensors: dict[str, object], scale: object, softcap: object, sink_tokens: object) -> None:
+    """Check what the schema of a torch op would refuse with an error of its own: query, key, value and options."""
+    for name, x in tensors.items():
+        needed = name in ("query", "key", "value")
+        if not isinstance(x, Tensor) and (needed or x is not None):
+            raise TypeError(f"{op}: {name} must be a tensor{'' if needed else ' or None'}, got {type(x).__name__}")
+        if needed and x.dim() != 4:  # type: ignore[union-attr]
+            raise ValueError(f"{op}: {name} must be (B, H, S, D), got shape {tuple(x.shape)}")  # type: ignore[union-attr]
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, bool) or not isinstance(number, int | float | torch.SymInt | torch.SymFloat | Tensor):
+            raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+    check_count(op, "sink_tokens", sink_tokens)
+
+
 def check_attention(
-    op: str, query: Tensor, key: Tensor, value: Tensor, softcap: float, sink_tokens: int, sink_logits: Tensor | None
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float,
+    sink_tokens: int,
+    sink_logits: Tensor | None,
 ) -> None:
     """Check query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D), and the options of the logits."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -46,8 +77,12 @@ def check_attention(
         raise ValueError(f"{op}: query must have a multiple of key's {kv_heads} heads, got {heads}")
     if query.shape[3] < 1:
         raise ValueError(f"{op}: head_dim must be at least 1, got 0")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
     if not softcap >= 0:
         raise ValueError(f"{op}: softcap must be >= 0 (0 is off), got {softcap}")
+    if softcap and not 1 / MAX_SOFTCAP <= softcap <= MAX_SOFTCAP:
+        raise ValueError(f"{op}: softcap must be 0 (off) or from 1e-30 to 1e30, got {softcap}")
     if not is_int(sink_tokens) or sink_tokens < 0:
         raise ValueError(f"{op}: sink_tokens must be an int >= 0, got {sink_tokens!r}")
     if sink_logits is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from longattn.ops import dispatch
 from longattn.ops.attention import Bands, define_attention, options
 from longattn.ops.band import GroupBand
-from longattn.ops.checks import is_int
+from longattn.ops.checks import check_count
 
 __all__ = ["group_attention"]
 
@@ -104,19 +104,19 @@ def _prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     for name, value_given in (("group_size", group_size), ("shift", shift)):
-        if not is_int(value_given):
-            raise TypeError(f"{OP}: {name} must be an int, got {value_given!r}")
+        check_count(OP, name, value_given)
     if not isinstance(causal, bool):
         raise TypeError(f"{OP}: causal must be a bool, got {causal!r}")
+    rest = options(OP, query, key, value, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, kv_end)
     num_heads = query.shape[1]
     shifts = [0] * (num_heads // 2) + [shift] * (num_heads - num_heads // 2)
     if num_heads == 0:
         shifts = []
-    rest = options(query, key, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, kv_end)
     return query, key, value, group_size, shifts, causal, *rest
 
 
 def _check_band(query: Tensor, group_size: int, shifts: Sequence[int], causal: bool) -> None:
+    check_count(OP, "group_size", group_size)
     if group_size < 1:
         raise ValueError(f"{OP}: group_size must be at least 1 token, got {group_size}")
     if len(shifts) != query.shape[1]:

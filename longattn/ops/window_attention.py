@@ -10,7 +10,7 @@ from torch import Tensor
 from longattn.ops import dispatch
 from longattn.ops.attention import Bands, define_attention, options
 from longattn.ops.band import WindowBand
-from longattn.ops.checks import is_int
+from longattn.ops.checks import check_count, is_int
 
 __all__ = ["window_attention"]
 
@@ -102,16 +102,19 @@ def _prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     left, right = _ends(window_size)
-    rest = options(query, key, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, kv_end)
+    rest = options(OP, query, key, value, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, kv_end)
     return query, key, value, left, right, *rest
 
 
 def _ends(window_size: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(window_size, tuple | list) and len(window_size) == 2 and all(map(is_int, window_size)):
         left, right = window_size
+        check_count(OP, "window_size's left bound", left)
+        check_count(OP, "window_size's right bound", right)
         return left, right
     if not is_int(window_size):
         raise TypeError(f"{OP}: window_size must be an int or a pair of ints, got {window_size!r}")
+    check_count(OP, "window_size", window_size)
     if window_size < 1:  # type: ignore[operator]
         raise ValueError(f"{OP}: window_size must hold at least 1 key, the query's own, got {window_size}")
     return window_size - 1, 0  # type: ignore[operator]
@@ -121,6 +124,7 @@ def _check_band(query: Tensor, left: int, right: int) -> None:
     for name, bound in (("left", left), ("right", right)):
         if bound < -1:
             raise ValueError(f"{OP}: window_size's {name} bound must be >= 0, or -1 for none, got {bound}")
+        check_count(OP, f"window_size's {name} bound", bound)
 
 
 def _make_bands(query: Tensor, left: int, right: int) -> Bands:
