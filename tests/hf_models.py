@@ -46,12 +46,27 @@ LONGROPE = {
     "short_factor": [1.0, 1.1],
     "long_factor": [2.0, 3.0],
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
 # What each family has beyond SIZES; None takes a field out. Windows are 8 tokens wide.
 EXTRA: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": dict(logit_scale=0.3),
     "cohere2": dict(logit_scale=0.3, **ALTERNATING),
-    "cwm": dict(head_dim=8, **ALTERNATING),
+    "cwm": dict(head_dim=8, rope_parameters=LLAMA3, **ALTERNATING),
     "ernie4_5": dict(head_dim=8),
     "gemma": dict(head_dim=16),
     "gemma2": dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **ALTERNATING),
@@ -59,7 +74,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm": dict(head_dim=8),
     "glm4": dict(head_dim=8),
     "gpt_neox": dict(num_key_value_heads=None, rotary_pct=0.5),
-    "gpt_oss": dict(head_dim=8, **ALTERNATING, **LOCAL_EXPERTS),
+    "gpt_oss": dict(head_dim=8, rope_parameters=GPT_OSS_YARN, **ALTERNATING, **LOCAL_EXPERTS),
     "granite": dict(attention_multiplier=0.2, embedding_multiplier=2.0, residual_multiplier=0.7, logits_scaling=3.0),
     "granitemoe": dict(attention_multiplier=0.2, **LOCAL_EXPERTS),
     "helium": dict(head_dim=8),
@@ -77,7 +92,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(**EXPERTS, shared_expert_intermediate_size=32, **QWEN2_WINDOWS),
     "qwen3": dict(head_dim=16, **QWEN2_WINDOWS),
     "qwen3_moe": dict(head_dim=16, use_sliding_window=True, sliding_window=8, **EXPERTS),
-    "seed_oss": dict(head_dim=8),
+    "seed_oss": dict(head_dim=8, attention_dropout=0.0, residual_dropout=0.0),
     "smollm3": dict(use_sliding_window=True, sliding_window=8, no_rope_layers=[1, 0, 1, 1]),
     "stablelm": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "starcoder2": dict(sliding_window=8),
