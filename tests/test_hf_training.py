@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from hf_models import FAMILIES, LAYERS, assert_agree, build, masked, tokens, under_eager
+from training_helpers import assert_gradients_agree, take_gradients
 from transformers import StaticCache
 
 from longattn.pattern import parse_patterns
@@ -30,18 +31,7 @@ def trained(family: str):
 def gradients(model, logits) -> dict[str, torch.Tensor]:
     weights = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(1))
     (logits * weights).sum().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_gradients_agree(got, expected, rtol):
-    # a key's bias moves all scores of a query alike: its gradient is nothing but rounding, so sizes are those of all
-    size = max(float(gradient.norm()) for gradient in expected.values())
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = float((got[name] - gradient).norm())
-        assert error <= rtol * max(float(gradient.norm()), 1e-2 * size), f"{name}: {error / size:.1e}"
+    return take_gradients(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
