@@ -24,6 +24,7 @@ from longattn.checkpoint_source import (
     source_folder,
 )
 from longattn.legacy_keys import legacy_tokenizer_config
+from longattn.model_card import write_model_card
 from longattn.part_folder import whole_or_absent
 from longattn.plan import Plan
 from longattn.report import Change, Report
@@ -87,6 +88,8 @@ def extend_checkpoint(
             if needed > free:
                 raise OSError(f"{needed / 2**30:.2f} GiB are needed, the disk has {free / 2**30:.2f} GiB left")
             changed.write(part, progress)
+            base_model = None if Path(src).expanduser().is_dir() else str(src)
+            write_model_card(part, source, plan, changed.report, name=target.name, base_model=base_model)
             changed.check_written(part)
     except OSError as error:
         failed = type(error)(f"extend: DST {dst} was not written: {error}")

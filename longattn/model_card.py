@@ -31,11 +31,19 @@ OURS = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
 PLAN_SECTION = re.compile(r"^### Plan \d+\n", re.MULTILINE)
 # What a card says of the weights that were measured, which is not true of a changed model.
 MEASURED = ("model-index",)
+# What a plan records of initialisers that only Python can give.
+MADE_IN_PYTHON = ("tensor", "callable")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def write_model_card(
-    folder: Path, source: str | os.PathLike[str], plan: Plan, report: Report, *, name: str, base_model: str | None
+    folder: Path,
+    source: str | os.PathLike[str],
+    plan: Plan | None,
+    report: Report,
+    *,
+    name: str,
+    base_model: str | None,
 ) -> None:
     """Write the README.md of a checkpoint's folder that holds all its other files already, the old card among them.
 
@@ -45,7 +53,7 @@ def write_model_card(
     Args:
         folder: the new checkpoint.
         source: the checkpoint that it was made from.
-        plan: what was changed.
+        plan: what was changed; None where the checkpoint was exported and nothing else.
         report: what the change said of itself.
         name: what the card calls the checkpoint.
         base_model: the Hub id that it was made from; None where that was a folder.
@@ -65,11 +73,11 @@ def write_model_card(
         f"---\n{_front_matter(front, base_model)}---\n\n{BEGIN}",
         f"# {name}",
         f"Made from {origin} with longattn, in {_times(len(sections))}. No weight was trained for it: all tensors are "
-        "those of that checkpoint, but for the rows of new tokens.",
+        f"those of that checkpoint, but for the rows of new tokens.{' Its card follows below.' if body else ''}",
         f"### Load\n\n{_fenced(_loading(folder), 'python')}",
         *sections,
         END,
-        *(["*The card of the checkpoint that this was made from:*", body] if body else []),
+        *([body] if body else []),
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="surrogateescape")
 
@@ -97,8 +105,8 @@ def _plan_sections(ours: str) -> list[str]:
 def _front_matter(stored: str, base_model: str | None) -> str:
     """The stored front matter with longattn's entries at its end; all other entries stay as they are written."""
     root = yaml.compose(stored, Loader=yaml.SafeLoader) if stored else None
-    pairs = [] if root is None else root.value
-    if root is not None and root.flow_style:
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    if isinstance(root, yaml.MappingNode) and pairs and root.flow_style:
         return _front_matter(dump_yaml(yaml.safe_load(stored)), base_model)
     values = {key.value: value for key, value in pairs}
     entries: dict[str, Any] = {"library_name": "transformers", "tags": _tags(values.get("tags"))}
@@ -107,9 +115,9 @@ def _front_matter(stored: str, base_model: str | None) -> str:
         entries["base_model"] = base_model
         dropped += ["base_model", "base_model_relation"]
     starts = [key.start_mark.index for key, _ in pairs]
-    ends = [*starts[1:], len(stored)]
+    ends = [*starts, len(stored)][1:]
     kept = [stored[a:b] for a, b, (key, _) in zip(starts, ends, pairs, strict=True) if key.value not in dropped]
-    return stored[: starts[0] if starts else 0] + "".join(kept) + dump_yaml(entries)
+    return (stored[: starts[0]] if starts else "") + "".join(kept) + dump_yaml(entries)
 
 
 def _tags(stored: yaml.Node | None) -> list[str]:
@@ -136,28 +144,30 @@ def _loading(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plan_section(source: str | os.PathLike[str], plan: Plan, report: Report) -> str:
-    stored = plan.to_dict()
-    parts = [_fenced(dump_yaml(stored), "yaml")]
-    given = {word for key in ("init", "output_init") if (word := stored.get("tokens", {}).get(key)) in MADE_IN_PYTHON}
-    if given:
-        parts.append(f"In it {' and '.join(sorted(given))} stands for what Python code gave, which is not kept.")
-    if any(value is not None for value in (plan.rope, plan.context, plan.attention, plan.train_attention)):
-        before, after = inspect_checkpoint(source, plan=plan)
-        assert after is not None
-        parts.append(_table([(f"one text of {after.context:,} tokens", "before", "after"), *_rows(before, after)]))
-    else:
-        parts.append("Layers, rotary embedding and length are as they were.")
+def _plan_section(source: str | os.PathLike[str], plan: Plan | None, report: Report) -> str:
+    parts = ["No plan: exported as it is."] if plan is None else _planned(source, plan)
     if report.tokens is not None:
         parts += _tokens(report.tokens)
-    if report.proofs:
-        parts.append("\n".join(["Checked when it was made:", "", *(f"- {proof}" for proof in report.proofs)]))
+    for heading, lines in (("Checked when it was made:", report.proofs), ("Notes:", report.notes)):
+        if lines:
+            parts.append("\n".join([heading, "", *(f"- {line}" for line in lines)]))
     info = build_info()
     versions = ", ".join(f"{package} {info[package]}" for package in ("longattn", "transformers", "torch"))
     return "\n\n".join([*parts, f"Versions: {versions}."])
 
 
-MADE_IN_PYTHON = ("tensor", "callable")
+def _planned(source: str | os.PathLike[str], plan: Plan) -> list[str]:
+    """The plan, and what it makes of the structure."""
+    stored = plan.to_dict()
+    parts = [_fenced(dump_yaml(stored), "yaml")]
+    given = {word for key in ("init", "output_init") if (word := stored.get("tokens", {}).get(key)) in MADE_IN_PYTHON}
+    if given:
+        parts.append(f"What Python code gave stands in it as {' and '.join(sorted(given))}, and is not kept.")
+    if all(value is None for value in (plan.rope, plan.context, plan.attention, plan.train_attention)):
+        return [*parts, "Layers, rotary embedding and length are as they were."]
+    before, after = inspect_checkpoint(source, plan=plan)
+    assert after is not None
+    return [*parts, _table([(f"one text of {after.context:,} tokens", "before", "after"), *_rows(before, after)])]
 
 
 def _rows(before: Structure, after: Structure) -> list[tuple[str, str, str]]:
@@ -180,7 +190,7 @@ def _by_layer(entries: Sequence[str]) -> str:
     length = next(n for n in range(1, len(entries) + 1) if all(e == entries[i % n] for i, e in enumerate(entries)))
     if length == 1:
         return entries[0]
-    return in_runs(entries[:length]) + ("" if length == len(entries) else f", and again over {len(entries)} layers")
+    return in_runs(entries[:length]) + ("" if length == len(entries) else f", cycled over {len(entries)} layers")
 
 
 def _wavelengths(ends: tuple[float, float]) -> str:

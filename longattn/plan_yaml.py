@@ -13,6 +13,8 @@ __all__ = ["dump_yaml", "load_yaml"]
 # what YAML 1.2 and people take for a number, and YAML 1.1 for text
 _FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
+LINE_BREAKS = frozenset("\x85\u2028\u2029")
+
 # What PyYAML's constructors raise, besides its own errors, for a text that its tag does not fit (`!!bool maybe`).
 TAG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -67,10 +69,18 @@ def load_yaml(text: str | IO[str], name: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number."""
+    """Writes no alias, and quotes what `_Loader` would take for a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if LINE_BREAKS.intersection(data) else None  # unquoted, PyYAML reads them as the end of a line
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 _Dumper.add_implicit_resolver(*_FLOAT)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump_yaml(value: Any) -> str:

@@ -106,7 +106,7 @@ def test_other_files_are_carried_over(src, tmp_path):
     dst = tmp_path / "dst"
     extend_checkpoint(src, dst, ROPE)
     old, new = digests(src), digests(dst)
-    changed = {"config.json", "tokenizer_config.json"}
+    changed = {"config.json", "tokenizer_config.json", "README.md"}
     assert {name for name in new if new[name] != old.get(name)} == changed
     assert set(old) - set(new) == {".cache/download.lock"}
     before, after = read_json(src / "tokenizer_config.json"), read_json(dst / "tokenizer_config.json")
