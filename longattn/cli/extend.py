@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,15 +93,8 @@ def extend(
             return
         if dst is None:
             raise ValueError("DST is missing; give the folder to write, or --dry-run")
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            report = extend_checkpoint(src, dst, wanted, export=form, progress=_shown_on(bar))
+        with _progress() as progress:
+            report = extend_checkpoint(src, dst, wanted, export=form, progress=progress)
         typer.echo(str(report))
         typer.echo(f"wrote {dst}")
 
@@ -111,13 +105,27 @@ def _form(export: str | None) -> Literal["stock"] | None:
     raise ValueError(f"--export must be stock, got {export!r}")
 
 
-def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
-    """The task is added with the first bytes, so that an error before them shows no bar."""
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that begins with the first bytes, so that an error before them shows none."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
     tasks: list[TaskID] = []
 
     def update(name: str, done: int, total: int) -> None:
         if not tasks:
+            bar.start()
             tasks.append(bar.add_task(name, total=total))
         bar.update(tasks[0], description=name, completed=done)
 
-    return update
+    try:
+        yield update
+    finally:
+        if tasks:
+            bar.stop()

@@ -117,6 +117,8 @@ def _rope(rope_type: str | None, factor: float | None, entries: Sequence[str]) -
             raise ValueError(f"--rope must be KEY=VALUE, got {entry!r}")
         layer_type, _, name = key.rpartition(".")
         part = rope.setdefault(layer_type, {}) if layer_type else rope
+        if not isinstance(part, dict):
+            raise ValueError(f"--rope gives {layer_type} both a value and {key}")
         if name in part:
             raise ValueError(f"--rope gives {key} twice, or beside the flag of that name")
         part[name] = load_yaml(text, f"--rope {key}")

@@ -3,6 +3,7 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longattn.hf.attention import longattn_attention
+from longattn.hf.bypass import warn_of_bypass
 from longattn.hf.caches import register_caches
 from longattn.hf.fused_rope import use_fused_rope
 from longattn.hf.masks import longattn_mask
@@ -19,6 +20,7 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, longattn_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, longattn_mask)
     save_implementation()
+    warn_of_bypass()
     register_caches()
 
 
