@@ -155,6 +155,8 @@ def _window_sizes(patterns: Sequence[Pattern]) -> list[int | None]:
         raise ValueError(
             f"export: a stock config has one sliding_window for all its windows, got windows of {sizes} tokens"
         )
+    if sizes == [1]:
+        raise ValueError("export: a window must hold at least 2 tokens: transformers' cache keeps all keys of one of 1")
     return [pattern.size if pattern.kind == "window" else None for pattern in patterns]
 
 
