@@ -24,6 +24,10 @@ class Band(Hashable, Protocol):
 
     def hi(self, position: Tensor) -> Tensor: ...
 
+    def envelope(self) -> WindowBand:
+        """A window that holds the band wherever documents and real tokens begin, which shifts all positions."""
+        ...
+
 
 @dataclass(frozen=True)
 class WindowBand:
@@ -37,6 +41,9 @@ class WindowBand:
 
     def hi(self, position: Tensor) -> Tensor:
         return position + self.right if self.right >= 0 else position * 0 + FAR
+
+    def envelope(self) -> WindowBand:
+        return self
 
 
 @dataclass(frozen=True)
@@ -54,5 +61,4 @@ class GroupBand:
         return position if self.causal else self.lo(position) + self.size - 1
 
     def envelope(self) -> WindowBand:
-        """The narrowest window that holds the band wherever the groups begin."""
         return WindowBand(self.size - 1, 0 if self.causal else self.size - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longattn.ops.band import Band, GroupBand, WindowBand
+from longattn.ops.band import Band, WindowBand
 from longattn.ops.rows import RowEnds, Rows, Segment, segments
 from longattn.ops.tiles import Run, additive_mask, make_runs
 from longattn.ops.views import Heads, head_sets
@@ -109,7 +109,7 @@ def _envelope(band: Band, job: Job) -> Band:
     """A window that holds the band wherever rows and documents begin, formed from shapes alone."""
     if job.sinks or job.rows.kv_end is not None:
         return WindowBand(-1, -1)
-    return band.envelope() if isinstance(band, GroupBand) else band
+    return band.envelope()
 
 
 def slab_logits(
