@@ -142,9 +142,9 @@ class _Changed:
         if export not in (None, "stock"):
             raise ValueError(f"extend: export must be 'stock' or None, got {export!r}")
         stored_config = read_config(source)
+        family_of(stored_config)
         shards = Shards.open(source)
         model = model_without_weights(stored_config, source, sum(1 for _ in shards))
-        family_of(model.config)
         check_tensors(model, shards)
         tokenizer, homes = None, {}
         if plan is not None and plan.tokens is not None:
