@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 
 from longattn.hf.families import family_of
 from longattn.hf.record import layer_patterns
-from longattn.hf.stock_windows import parameters_of, windows_of, with_windows
+from longattn.hf.stock_windows import parameters_of, with_windows
 from longattn.legacy_keys import legacy_config_keys
 from longattn.pattern import Pattern
 from longattn.report import Change, Report, in_runs
@@ -127,8 +127,9 @@ def stock_config(config: PreTrainedConfig) -> StockConfig:
     fields = {key: value for key, value in {**fields, **legacy}.items() if key != "attn_implementation"}
     read = _read(fields)
     _check_same(read, target)
-    if windows_of(read) != sizes:
-        raise RuntimeError(f"export: config.json reads back windows {windows_of(read)}, not {sizes}")
+    found = family_of(read).windows_of(read)
+    if found != sizes:
+        raise RuntimeError(f"export: config.json reads back windows {found}, not {sizes}")
     parameters = parameters_of(plain)
     if target is not plain and parameters_of(read) != parameters:
         raise RuntimeError(f"export: a {read.model_type} has other weights than a {plain.model_type}")

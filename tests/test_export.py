@@ -68,7 +68,7 @@ assert not any(name.partition(".")[0] == "longattn" for name in sys.modules), "l
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every case's source, checkpoint with longattn and stock export, and what a process without longattn makes of it."""
+    """The source, checkpoint and export of every case, and what a process without longattn makes of the last."""
     made = {}
     for name, (family, fields, plan, _) in CASES.items():
         folder = tmp_path_factory.mktemp("case")
