@@ -29,6 +29,7 @@ from longattn.cli.plan_flags import (
     PlanFile,
     RopeEntry,
     RopeType,
+    Source,
     TokenInit,
     TokenOutputInit,
     TrainAttention,
@@ -42,14 +43,17 @@ Export = Annotated[
     str | None,
     typer.Option(
         metavar="stock",
-        help="Write a checkpoint that transformers loads without longattn; without other flags SRC is only converted.",
+        help="Write a checkpoint that transformers loads without longattn; without other flags SRC is only converted: "
+        "--export stock",
     ),
 ]
 
 
 def extend(
-    src: Annotated[str, typer.Argument(help="A checkpoint's folder, or the id of a model on the Hub.")],
-    dst: Annotated[Path | None, typer.Argument(help="The folder to write; it must not exist.")] = None,
+    src: Source,
+    dst: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The folder to write, which must not exist: ./longer")
+    ] = None,
     plan: PlanFile = None,
     rope_type: RopeType = None,
     factor: Factor = None,
@@ -63,9 +67,15 @@ def extend(
     plain: Plain = False,
     pad_to_multiple_of: PadToMultipleOf = None,
     export: Export = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change and write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would change and write nothing: longattn extend SRC ... --dry-run"),
+    ] = False,
 ) -> None:
-    """Change a checkpoint's rotary embedding, length, attention or tokens, and write the new one to DST."""
+    """Change a checkpoint's rotary embedding, length, attention or tokens, and write the new one to DST.
+
+    For example: longattn extend ./model ./longer --rope-type yarn --factor 8 --add-token '<tool>'
+    """
     with errors_in_one_line("extend"):
         wanted = plan_of_flags(
             plan_file=plan,

@@ -17,6 +17,7 @@ from longattn.cli.plan_flags import (
     PlanFile,
     RopeEntry,
     RopeType,
+    Source,
     TrainAttention,
     errors_in_one_line,
     plan_of_flags,
@@ -30,10 +31,13 @@ WIDTH = 120  # of a table that goes to a file or a pipe, where rich would assume
 
 
 def inspect(
-    src: Annotated[str, typer.Argument(help="A checkpoint's folder, or the id of a model on the Hub.")],
+    src: Source,
     context: Annotated[
         int | None,
-        typer.Option(help="The length to compute costs at; with --rope-type also the plan's. (default: the model's)"),
+        typer.Option(
+            help="The length to compute costs at, with --rope-type and no --factor also the plan's: --context 32768 "
+            "(default: the longest that the model serves)"
+        ),
     ] = None,
     plan: PlanFile = None,
     rope_type: RopeType = None,
@@ -41,9 +45,12 @@ def inspect(
     rope: RopeEntry = None,
     attention: Attention = None,
     train_attention: TrainAttention = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: longattn inspect SRC --json")] = False,
 ) -> None:
-    """Show a checkpoint's structure and what it costs at a length, before and after a plan."""
+    """Show a checkpoint's structure and what it costs at a length, before and after a plan.
+
+    For example: longattn inspect ./model --context 32768 --attention '3 x window:4096, 1 x full'
+    """
     with errors_in_one_line("inspect"):
         needs_length = (rope_type is not None or bool(rope)) and factor is None
         wanted = plan_of_flags(

@@ -23,6 +23,7 @@ __all__ = [
     "Plain",
     "RopeEntry",
     "RopeType",
+    "Source",
     "TokenInit",
     "TokenOutputInit",
     "TrainAttention",
@@ -30,41 +31,85 @@ __all__ = [
     "plan_of_flags",
 ]
 
+# brackets are markup in help texts unless a backslash is before them
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="A checkpoint's folder, or the id of a model on the Hub: ./model, us/model."),
+]
 PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="A YAML file with the plan, in place of the other flags.")
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A YAML file with the plan, in place of its flags: --plan plan.yaml"),
 ]
 RopeType = Annotated[
-    str | None, typer.Option(help="linear, ntk, dynamic, by-parts, yarn, longrope, llama3, proportional or default.")
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="How long texts get their rotary angles: linear, ntk, dynamic, by-parts, yarn, longrope, llama3, "
+        "proportional or default: --rope-type yarn --factor 8",
+    ),
 ]
-Factor = Annotated[float | None, typer.Option(help="How many times longer the context becomes.")]
+Factor = Annotated[
+    float | None, typer.Option(help="How many times longer the context becomes: --rope-type yarn --factor 8")
+]
 RopeEntry = Annotated[
     list[str] | None,
     typer.Option(
         "--rope",
         metavar="KEY=VALUE",
-        help="Any other rope parameter, such as rope_theta=1e6 or full_attention.factor=8; repeatable.",
+        help="Any other rope parameter, of one layer type where KEY is LAYER_TYPE.KEY; repeatable: "
+        "--rope rope_theta=1e6 --rope full_attention.factor=8",
     ),
 ]
-Context = Annotated[int | None, typer.Option(help="The new length in tokens; gives the factor where none is given.")]
+Context = Annotated[
+    int | None,
+    typer.Option(help="The new length in tokens, in place of --factor: --rope-type yarn --context 32768"),
+]
 Attention = Annotated[
     str | None,
     typer.Option(
-        help="Patterns cycled over the layers, '3 x window:4096+sinks:4, 1 x full', or '[full, ...]', one a layer."
+        metavar="PATTERNS",
+        help="Which keys each layer's queries see, cycled over the layers: "
+        "--attention '3 x window:4096+sinks:4, 1 x full'; or a list, one a layer: --attention '\\[full, window:4096]'",
     ),
 ]
-TrainAttention = Annotated[str | None, typer.Option(help="The same while the model trains. (default: as --attention)")]
+TrainAttention = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERNS",
+        help="The same while the model trains: --train-attention group:2048+shift (default: as --attention)",
+    ),
+]
 AddToken = Annotated[
-    list[str] | None, typer.Option(metavar="TOKEN", help="A new token, or ROLE=TOKEN (pad_token=<pad>); repeatable.")
+    list[str] | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="A new token, or ROLE=TOKEN; repeatable: --add-token '<tool>' --add-token 'pad_token=<pad>'",
+    ),
 ]
 TokenInit = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="HOW", help="mean, subwords, copy:TOKEN, or TOKEN=DESCRIPTION for each token. (default: mean)"
+        metavar="HOW",
+        help="What new rows are: mean, subwords, copy:TOKEN, or for each token TOKEN=DESCRIPTION: "
+        "--token-init '<tool>=a tool is called' (default: mean)",
     ),
 ]
-TokenOutputInit = Annotated[list[str] | None, typer.Option(metavar="HOW", help="The same for the output embedding.")]
-Plain = Annotated[bool, typer.Option("--plain", help="New tokens are ordinary ones, not special ones.")]
-PadToMultipleOf = Annotated[int | None, typer.Option(help="Round the embedding's rows up to a multiple.")]
+TokenOutputInit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOW",
+        help="The same for an output embedding of its own: --token-output-init mean (default: as --token-init)",
+    ),
+]
+Plain = Annotated[
+    bool,
+    typer.Option(
+        "--plain", help="New tokens are ordinary ones, which decoding shows, not special ones: --add-token tool --plain"
+    ),
+]
+PadToMultipleOf = Annotated[
+    int | None, typer.Option(help="Round the embedding's rows up to a multiple: --pad-to-multiple-of 64")
+]
 
 ROLE = re.compile(r"^([a-z]+_token)=(.+)$", re.DOTALL)
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-app = typer.Typer(help="Draw rotary wavelengths or attention patterns as PNG.", no_args_is_help=True)
+app = typer.Typer(
+    help="Draw rotary wavelengths or attention patterns as PNG.", no_args_is_help=True, add_completion=False
+)
 
 DEFAULT_TYPES = ("linear", "ntk", "yarn", "llama3")
 
@@ -44,23 +46,29 @@ def _write(figure: Figure, out: Path) -> None:
 @app.command()
 def rope(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A checkpoint's folder: its config.json gives what no flag gives.")
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder: its config.json gives what no flag gives."),
     ] = None,
     types: Annotated[
         list[str] | None,
         typer.Option(
-            "--type", help="A rope type to draw, repeatable. (default: the checkpoint's own, or the common ones)"
+            "--type",
+            metavar="TYPE",
+            help="A rope type to draw, repeatable: --type linear --type yarn (default: the checkpoint's own, or the "
+            "common ones)",
         ),
     ] = None,
-    factor: Annotated[float, typer.Option(help="How many times longer the context becomes.")] = 8.0,
-    theta: Annotated[float | None, typer.Option(help="rope_theta. (default: 10000, or the checkpoint's)")] = None,
+    factor: Annotated[float, typer.Option(help="How many times longer the context becomes: --factor 4")] = 8.0,
+    theta: Annotated[
+        float | None, typer.Option(help="rope_theta: --theta 5e5 (default: 10000, or the checkpoint's)")
+    ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(help="Channels of a head. (default: 128, or the checkpoint's)")
+        int | None, typer.Option(help="Channels of a head: --head-dim 64 (default: 128, or the checkpoint's)")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Original context in tokens. (default: 4096, or the checkpoint's)")
+        int | None, typer.Option(help="Original context in tokens: --context 8192 (default: 4096, or the checkpoint's)")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("rope.png"),
+    out: Annotated[Path, typer.Option(help="Where the picture goes: --out rope.png")] = Path("rope.png"),
 ) -> None:
     """Draw the wavelength of each rotary frequency, before and after scaling."""
     with _errors_in_one_line():
@@ -168,13 +176,17 @@ def _curves(
 @app.command()
 def mask(
     patterns: Annotated[
-        list[str], typer.Argument(help='Patterns, or lists of them: "window:8+sinks:2" "3 x group:8+shift, 1 x full".')
+        list[str],
+        typer.Argument(
+            metavar="PATTERNS",
+            help="Patterns, or lists of them: 'window:8+sinks:2' 'group:8+shift' '3 x window:8, 1 x full'",
+        ),
     ],
     tokens: Annotated[
-        int | None, typer.Option(help="Length of the text. (default: 4 times the largest window or group)")
+        int | None, typer.Option(help="Length of the text: --tokens 64 (default: 4 times the largest window or group)")
     ] = None,
-    heads: Annotated[int, typer.Option(help="Query heads; half of them see shifted groups.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("mask.png"),
+    heads: Annotated[int, typer.Option(help="Query heads; half of them see shifted groups: --heads 4")] = 2,
+    out: Annotated[Path, typer.Option(help="Where the picture goes: --out mask.png")] = Path("mask.png"),
 ) -> None:
     """Draw which keys each query sees."""
     with _errors_in_one_line():
