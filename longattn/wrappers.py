@@ -8,26 +8,30 @@ __all__ = ["check_model"]
 
 
 def check_model(function: str, model: object) -> None:
-    """Refuse what is no transformers model, saying when it only wraps one.
+    """Refuse what is no transformers model, saying when it only wraps or shards one.
 
     A wrapper (PEFT's, `torch.compile`'s, data parallelism's) may hold the embeddings, configs or forward that it was
-    made from, so that a change beneath it would be seen in part.
+    made from, so that a change beneath it would be seen in part; the parts of a model that FSDP2 shards can't run
+    alone, so that a change of it could not be looked at.
 
     Args:
         function: the name that the error starts with.
         model: what was given to it.
 
     Raises:
-        TypeError: `model` is not a transformers model.
+        TypeError: `model` is not a transformers model, or is a sharded one.
 
     Example:
         >>> check_model("extend", model)
     """
     from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel):
-        return
     got = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        # fully_shard gives a model a class of its own, below FSDPModule, which torch has only where it is distributed
+        if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+            raise TypeError(f"{function}: model must be given before fully_shard, got {got}")
+        return
     inner = _wrapped(model, PreTrainedModel)
     if inner is not None:
         got += (

@@ -17,9 +17,10 @@ from hf_models import tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training_helpers import assert_gradients_agree, extended, patterns_called
+from training_helpers import PLAN, assert_gradients_agree, extended, patterns_called
 
 from longattn.hf.attention import calls_seen
+from longattn.surgery import extend, restore
 
 RANKS = 2
 LENGTH = 20
@@ -59,12 +60,20 @@ def step(model, batch: dict) -> torch.Tensor:
     return loss.detach()
 
 
+def refusal(call, model) -> str:
+    try:
+        call(model)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
     rank = dist.get_rank()
     whole, _, new_ids = extended()
     whole.train()
     model = shard(copy.deepcopy(whole), init_device_mesh("cpu", (RANKS,)))
-    report = {}
+    report: dict = {"steps": {}}
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -78,7 +87,7 @@ def main(folder: Path) -> None:
             model.zero_grad()
             whole.zero_grad()
             called = [f"{layer}: {pattern}" for layer, pattern in sorted(patterns_called(calls).elements())]
-            report[f"{name}, {checkpointing}"] = {
+            report["steps"][f"{name}, {checkpointing}"] = {
                 "loss": float(loss) / RANKS,
                 "expected": float(expected),
                 "calls": called,
@@ -87,6 +96,7 @@ def main(folder: Path) -> None:
     step(model, row_of(batches(new_ids)["whole"], rank))
     optimizer.step()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    report["refusals"] = [refusal(call, model) for call in (lambda m: extend(m, None, PLAN), restore)]
     if rank == 0:
         model.save_pretrained(folder / "model", state_dict=state)
         (folder / "report.json").write_text(json.dumps(report))

@@ -18,6 +18,11 @@ WORKER = Path(__file__).with_name("fsdp_worker.py")
 
 
 @pytest.fixture(scope="module")
+def report(sharded) -> dict:
+    return json.loads((sharded / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     """The folder that the ranks wrote; they have compared their gradients with those of the whole model."""
     folder = tmp_path_factory.mktemp("fsdp")
@@ -28,17 +33,17 @@ def sharded(tmp_path_factory) -> Path:
     return folder
 
 
-def test_sharded_steps_are_those_of_one_process(sharded):
-    report = json.loads((sharded / "report.json").read_text())
-    assert len(report) == 6
-    for name, seen in report.items():
+def test_sharded_steps_are_those_of_one_process(report):
+    steps = report["steps"]
+    assert len(steps) == 6
+    for name, seen in steps.items():
         assert seen["loss"] == pytest.approx(seen["expected"], rel=1e-5), name
-    assert report["whole, False"]["loss"] != pytest.approx(report["packed, False"]["loss"], rel=1e-3)
+    assert steps["whole, False"]["loss"] != pytest.approx(steps["packed, False"]["loss"], rel=1e-3)
 
 
-def test_sharded_layers_attend_by_the_training_pattern(sharded):
+def test_sharded_layers_attend_by_the_training_pattern(report):
     model, *_ = extended()
-    for name, seen in json.loads((sharded / "report.json").read_text()).items():
+    for name, seen in report["steps"].items():
         times = 2 if name.endswith("True") else 1
         expected = sorted(each_layer(model, TRAINING, times).elements())
         assert seen["calls"] == [f"{layer}: {pattern}" for layer, pattern in expected], name
@@ -54,3 +59,8 @@ def test_full_state_of_shards_is_a_checkpoint(sharded):
     with torch.no_grad():
         got, ref = loaded(batch["input_ids"]).logits, expected.eval()(batch["input_ids"]).logits
     torch.testing.assert_close(got, ref, rtol=1e-3, atol=1e-3)
+
+
+def test_sharded_models_are_refused(report):
+    got = "model must be given before fully_shard, got FSDPLlamaForCausalLM"
+    assert report["refusals"] == [f"extend: {got}", f"restore: {got}"]
