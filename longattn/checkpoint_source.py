@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longattn.shards import PICKLES, Shards, read_tensor
+from longattn.checkpoint_names import homes_of
+from longattn.shards import PICKLES, Shards, StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +86,6 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
         OSError: there is none, or it can't be fetched.
         ValueError: transformers refuses what it says.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if Path(src).is_dir() and not Path(src, "config.json").is_file():
@@ -95,7 +95,7 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"{caller}: the config of SRC {src} can't be read: {reason}") from error
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # a config's values can fail anywhere in a config's code
         reason = " ".join(str(error).split())
         raise ValueError(f"{caller}: transformers refuses the config of SRC {src}: {reason}") from error
 
@@ -157,12 +157,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     )
 
 
-def _names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """What a parameter may be called in a checkpoint, which may have been saved from the decoder without its head."""
-    prefix = f"{model.base_model_prefix}."
-    return (name, name.removeprefix(prefix)) if name.startswith(prefix) else (name,)
-
-
 def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
     """Check that the checkpoint has every tensor that its config asks for, in its shape; it may have others too.
 
@@ -171,24 +165,32 @@ def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    stored = {tensor.name: tensor for tensor in shards}
+    stored = _stored_by_home(model, shards)
     prefix = f"{model.base_model_prefix}."
-    has_head = any(name.startswith(prefix) for name in stored)
-    homes: dict[int, list[str]] = {}  # tied parameters are one parameter with several names, one of which is enough
+    has_head = any(tensor.name.startswith(prefix) for tensor in shards)
+    twins: dict[int, list[str]] = {}  # tied parameters are one parameter with several names, one of which is enough
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        homes.setdefault(id(parameter), []).append(name)
-    for names in homes.values():
-        candidates = [candidate for name in names for candidate in _names(model, name)]
-        found = [stored[candidate] for candidate in candidates if candidate in stored]
+        twins.setdefault(id(parameter), []).append(name)
+    for names in twins.values():
+        found = [pair for name in names for pair in stored.get(name, [])]
         if not found and (has_head or any(name.startswith(prefix) for name in names)):
             raise ValueError(f"extend: config.json asks for {names[0]}, but the weights have no tensor of that name")
         shape = list(model.get_parameter(names[0]).shape)
-        for tensor in found:
-            if list(tensor.shape) != shape:
+        for tensor, whole in found:
+            if whole and list(tensor.shape) != shape:
                 raise ValueError(
                     f"extend: config.json makes {tensor.name} {shape}, but {tensor.path.name} holds "
                     f"{list(tensor.shape)}"
                 )
+
+
+def _stored_by_home(model: PreTrainedModel, shards: Shards) -> dict[str, list[tuple[StoredTensor, bool]]]:
+    """The stored tensors that go into each parameter, and whether each is all of it, as it is."""
+    tensors = {tensor.name: tensor for tensor in shards}
+    stored: dict[str, list[tuple[StoredTensor, bool]]] = {}
+    for name, home in homes_of(model, tensors).items():
+        stored.setdefault(home.name, []).append((tensors[name], home.whole))
+    return stored
 
 
 def materialise_embeddings(model: PreTrainedModel, shards: Shards) -> dict[str, tuple[nn.Module, str]]:
@@ -200,13 +202,14 @@ def materialise_embeddings(model: PreTrainedModel, shards: Shards) -> dict[str, 
     wanted: list[tuple[Any, str]] = [(inputs, "weight")]
     wanted += [] if outputs is None else [(outputs, name) for name, _ in outputs.named_parameters()]
     names = {module: name for name, module in model.named_modules()}
+    by_home = _stored_by_home(model, shards)
     homes: dict[str, tuple[nn.Module, str]] = {}
     for module, attribute in wanted:
-        candidates = _names(model, f"{names[module]}.{attribute}")
-        stored = next((found for name in candidates if (found := shards.find(name)) is not None), None)
+        name = f"{names[module]}.{attribute}"
+        stored = next((tensor for tensor, whole in by_home.get(name, []) if whole), None)
         twin = tied and module is outputs and attribute == "weight"
         if stored is None and not twin:
-            raise ValueError(f"extend: the checkpoint has no {candidates[0]}, which new tokens need")
+            raise ValueError(f"extend: the checkpoint has no {name}, which new tokens need")
         if stored is not None:
             value = torch.nn.Parameter(read_tensor(stored))
             twin_of: Any = inputs.weight

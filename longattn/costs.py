@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from longattn.pattern import Pattern
 
 __all__ = [
+    "GATED_MLP_TENSORS",
+    "PLAIN_MLP_TENSORS",
     "AttentionLayer",
     "Decoder",
     "activation_bytes",
@@ -22,6 +24,8 @@ __all__ = [
 ]
 
 FLOAT32_BYTES = 4
+GATED_MLP_TENSORS = 4
+PLAIN_MLP_TENSORS = 2
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,16 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The sizes of a decoder with gated MLPs (Llama, Mistral, Qwen2).
+    """The sizes of a decoder.
 
     Args:
         layers: the attention of each layer.
         hidden_size: channels between layers.
-        intermediate_size: channels inside an MLP.
+        intermediate_size: channels inside an MLP; with experts those of all that a token goes through.
         vocab_size: logits a token.
         dtype_bytes: bytes of one number in weights and activations.
+        mlp_tensors: tensors of `intermediate_size` channels that an MLP keeps, `GATED_MLP_TENSORS` (gate, activated
+            gate, up, product) or `PLAIN_MLP_TENSORS` (up, activated).
     """
 
     layers: tuple[AttentionLayer, ...]
@@ -58,6 +64,7 @@ class Decoder:
     intermediate_size: int
     vocab_size: int
     dtype_bytes: int
+    mlp_tensors: int = GATED_MLP_TENSORS
 
 
 def prefill_flops(layers: Sequence[AttentionLayer], num_tokens: int) -> float:
@@ -139,8 +146,9 @@ def activation_bytes(decoder: Decoder, num_tokens: int, *, checkpointing: bool =
 
     With b bytes a number, h `hidden_size` and f `intermediate_size`, a token leaves in each layer: two norms of
     `4 h + 2 b h` (float32 input; normalised; scaled), query, keys, values and output `2 b (Hq + Hkv) D`, the
-    log-sum-exp `4 Hq`, and the MLP's gate, activated gate, up and product, `4 b f`; at the end one more norm, and the
-    log-probabilities in float32, `4 vocab_size`. Cosines and sines, `2 b D`, are shared by the layers.
+    log-sum-exp `4 Hq`, and the MLP's gate, activated gate, up and product, `4 b f` (`2 b f` without a gate); at the end
+    one more norm, and the log-probabilities in float32, `4 vocab_size`. Cosines and sines, `2 b D`, are shared by the
+    layers. Exact for Llama; further norms of other families and the routing of experts are not counted.
 
     Args:
         decoder: the model's sizes.
@@ -167,7 +175,7 @@ def activation_bytes(decoder: Decoder, num_tokens: int, *, checkpointing: bool =
         2 * norm
         + 2 * b * (layer.heads + layer.kv_heads) * layer.head_dim
         + FLOAT32_BYTES * layer.heads
-        + 4 * b * decoder.intermediate_size
+        + decoder.mlp_tensors * b * decoder.intermediate_size
         for layer in decoder.layers
     ]
     inside = max(layers) + b * h * len(layers) if checkpointing else sum(layers)

@@ -191,10 +191,6 @@ class Shards:
         """The names of the files that `write` writes."""
         return {shard.path.name for shard in self.shards} | ({INDEX} if self.index is not None else set())
 
-    def find(self, name: str) -> StoredTensor | None:
-        """The tensor of that name, or None."""
-        return next((tensor for tensor in self if tensor.name == name), None)
-
     def num_bytes(self, replaced: Mapping[str, Tensor]) -> int:
         """Bytes of all tensors when some are replaced."""
         return sum(replaced[t.name].nbytes if t.name in replaced else t.num_bytes for t in self)

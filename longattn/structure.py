@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from longattn.checkpoint_source import load_config
 from longattn.costs import (
+    GATED_MLP_TENSORS,
+    PLAIN_MLP_TENSORS,
     AttentionLayer,
     Decoder,
     activation_bytes,
@@ -24,6 +26,9 @@ from longattn.rope import rope_frequencies, rope_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# The rope type and wavelengths of a layer that does not rotate.
+NO_ROPE = ("none", (math.inf, math.inf))
+
 __all__ = ["Costs", "LayerStructure", "Structure", "inspect_checkpoint", "structure_of"]
 
 
@@ -34,9 +39,9 @@ class LayerStructure:
     Args:
         attention: its pattern when the model serves.
         train_attention: its pattern when the model trains.
-        rope_type: the type of its rotary embedding.
-        wavelengths: shortest and longest wavelength in tokens, at the length that is looked at; the longest is infinite
-            where channels don't turn.
+        rope_type: the type of its rotary embedding; "none" where it has none.
+        wavelengths: shortest and longest wavelength in tokens, at the length that is looked at; infinite where channels
+            don't turn.
         heads: query heads.
         kv_heads: key-value heads.
         head_dim: channels of a head.
@@ -152,7 +157,7 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         TypeError: `context` is no int.
         ValueError: the family is not served, or `context` is below 1.
     """
-    from longattn.hf.families import family_of
+    from longattn.hf.families import family_of, kv_heads_of
     from longattn.hf.record import layer_patterns
     from longattn.hf.rope import head_dim_of
 
@@ -160,14 +165,17 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         raise TypeError(f"inspect: context must be an int, a number of tokens, got {context!r}")
     if context < 1:
         raise ValueError(f"inspect: context must be at least 1 token, got {context}")
-    own = family_of(config).patterns_of(config)
+    family = family_of(config)
+    own = family.patterns_of(config)
     serving = layer_patterns(config, "attention") or own
     training = layer_patterns(config, "train_attention") or own
     head_dim = head_dim_of(config)
-    shapes = tuple(
-        AttentionLayer(pattern, config.num_attention_heads, config.num_key_value_heads, head_dim) for pattern in serving
-    )
-    ropes = [_layer_rope(config, layer, head_dim, context) for layer in range(len(shapes))]
+    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
+    shapes = tuple(AttentionLayer(pattern, heads, kv_heads, head_dim) for pattern in serving)
+    ropes = [
+        _layer_rope(config, layer, head_dim, context) if rotates else NO_ROPE
+        for layer, rotates in enumerate(family.rotating_layers(config))
+    ]
     layers = [
         LayerStructure(
             attention=str(shape.pattern),
@@ -182,11 +190,27 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         for shape, train, (rope_type, wavelengths) in zip(shapes, training, ropes, strict=True)
     ]
     dtype_bytes = getattr(config.dtype, "itemsize", 4)
-    decoder = Decoder(shapes, config.hidden_size, config.intermediate_size, config.vocab_size, dtype_bytes)
+    decoder = Decoder(
+        shapes,
+        config.hidden_size,
+        _mlp_channels(config),
+        config.vocab_size,
+        dtype_bytes,
+        mlp_tensors=GATED_MLP_TENSORS if family.gated_mlp else PLAIN_MLP_TENSORS,
+    )
     stock = layer_patterns(config) is None
     return Structure(
         config.model_type, config.max_position_embeddings, context, layers, _costs(decoder, context, stock)
     )
+
+
+def _mlp_channels(config: PreTrainedConfig) -> int:
+    """Channels inside the MLP of a layer; with experts those of all that a token goes through."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts is None:
+        return config.intermediate_size
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return experts * width + (getattr(config, "shared_expert_intermediate_size", None) or 0)
 
 
 def _costs(decoder: Decoder, context: int, stock: bool) -> Costs:

@@ -145,7 +145,7 @@ def config_of_wrong_type(folder):
 
 
 def unknown_family(folder):
-    edit_json(folder / "config.json", model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"])
+    edit_json(folder / "config.json", model_type="persimmon", architectures=["PersimmonForCausalLM"])
 
 
 DAMAGE = [
@@ -165,7 +165,7 @@ DAMAGE = [
     (quantised, r"is quantised \(gptq\)"),
     (other_sizes, r"config.json makes model.embed_tokens.weight \[80, 32\], but .* holds \[64, 32\]"),
     (config_of_wrong_type, "transformers refuses the config"),
-    (unknown_family, "model_type 'gpt_neox' is not served"),
+    (unknown_family, "model_type 'persimmon' is not served: it is not among those"),
 ]
 
 
