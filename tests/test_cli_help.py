@@ -1,4 +1,4 @@
-"""The help of every command: each flag says what it does, the main ones by an example, and nothing is lost as markup."""
+"""The help of every command: what each flag does, the main ones by an example, and nothing lost as markup."""
 
 import re
 import shlex
