@@ -1,19 +1,17 @@
 """Stock exports: a process without longattn makes of them the logits and texts that longattn's checkpoints give."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from checkpoints import digests, read_json, same_bits, stored, write_checkpoint
+from stock_process import assert_same_model, run_without_longattn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import longattn
 from longattn.checkpoint import extend_checkpoint, preview_checkpoint
 from longattn.rope import rope_frequencies
 
-LENGTH, NEW = 48, 12  # both beyond the windows, and beyond the 32 tokens that longrope's long factors start from
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 3.0, 4.0]}
@@ -49,21 +47,6 @@ CASES = {
     "qwen2 mixed": ("qwen2", {}, dict(rope=YARN, attention="window:6, full"), "qwen2"),
     "qwen2 windows": ("qwen2", {"use_sliding_window": False}, dict(attention="window:6"), "qwen2"),
 }
-SCRIPT = """
-import sys, warnings
-import torch, transformers
-warnings.simplefilter("error", FutureWarning)
-transformers.utils.logging.disable_progress_bar()
-for folder in sys.argv[3:]:
-    transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.load(sys.argv[1])
-    with torch.no_grad():
-        logits = model(ids).logits
-        texts = model.generate(ids, max_new_tokens=int(sys.argv[2]), do_sample=False, eos_token_id=63)
-    torch.save((logits, texts), folder + ".pt")
-assert not any(name.partition(".")[0] == "longattn" for name in sys.modules), "longattn was imported"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,39 +61,28 @@ def folders(tmp_path_factory):
         extend_checkpoint(src, folder / "stock", longattn.Plan(**plan), export="stock")
         assert digests(src) == before
         made[name] = folder
-    ids = tmp_path_factory.mktemp("ids") / "ids.pt"
-    torch.save(torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0)), ids)
-    arguments = [str(ids), str(NEW), *(str(folder / "stock") for folder in made.values())]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=ids.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # nor does transformers warn of a key
-    return made, torch.load(ids)
+    complaints = run_without_longattn([folder / "stock" for folder in made.values()], tmp_path_factory.mktemp("ids"))
+    assert complaints == ""
+    return made
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_texts_equal_those_with_longattn(folders, name):
-    made, ids = folders
-    model = AutoModelForCausalLM.from_pretrained(made[name] / "longattn", dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = model(ids).logits
-        texts = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=63)
-    found, found_texts = torch.load(made[name] / "stock.pt")
-    assert float((found - expected).norm() / expected.norm()) < 5e-6
-    assert torch.equal(found_texts, texts)
+    assert_same_model(folders[name] / "longattn", folders[name] / "stock")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_config_has_nothing_of_longattn_and_the_right_architecture(folders, name):
-    fields = read_json(folders[0][name] / "stock" / "config.json")
+    fields = read_json(folders[name] / "stock" / "config.json")
     assert fields["model_type"] == CASES[name][3]
     assert [text for text in ("longattn", "attn_implementation", "auto_map") if text in json.dumps(fields)] == []
-    config = AutoConfig.from_pretrained(folders[0][name] / "stock")
+    config = AutoConfig.from_pretrained(folders[name] / "stock")
     assert fields["architectures"] == [type(AutoModelForCausalLM.from_config(config)).__name__]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_keep_names_and_bytes(folders, name):
-    folder = folders[0][name]
+    folder = folders[name]
     with_longattn, stock = stored(folder / "longattn"), stored(folder / "stock")
     assert list(stock) == list(with_longattn)
     assert all(same_bits(stock[key][1], with_longattn[key][1]) for key in stock)
@@ -118,7 +90,7 @@ def test_tensors_keep_names_and_bytes(folders, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_rope_parameters_read_back_equal(folders, name):
-    folder = folders[0][name]
+    folder = folders[name]
     with_longattn, stock = (AutoConfig.from_pretrained(folder / which) for which in ("longattn", "stock"))
     assert stock.rope_parameters == with_longattn.rope_parameters
     assert stock.max_position_embeddings == with_longattn.max_position_embeddings
@@ -127,7 +99,7 @@ def test_rope_parameters_read_back_equal(folders, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_keys_of_version_4_give_the_same_frequencies(folders, name):
-    fields = read_json(folders[0][name] / "stock" / "config.json")
+    fields = read_json(folders[name] / "stock" / "config.json")
     assert fields["torch_dtype"] == "bfloat16"
     scaling = dict(fields.get("rope_scaling") or {"rope_type": "default"})
     if scaling["rope_type"] == "longrope":  # whose length version 4 looks for in the config alone
@@ -145,7 +117,7 @@ def test_keys_of_version_4_give_the_same_frequencies(folders, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokenizer_reads_as_before_and_in_names_of_version_4(folders, name):
-    folder = folders[0][name]
+    folder = folders[name]
     fields = read_json(folder / "stock" / "tokenizer_config.json")
     assert fields["tokenizer_class"] in (
         "PreTrainedTokenizerFast",
@@ -161,7 +133,7 @@ def test_tokenizer_reads_as_before_and_in_names_of_version_4(folders, name):
 
 @pytest.mark.parametrize("name", ["rope", "windows", "tied", "trained in groups", "mistral mixed", "qwen2 mixed"])
 def test_checkpoint_that_was_extended_is_converted(folders, tmp_path, name):
-    folder = folders[0][name]
+    folder = folders[name]
     before = digests(folder / "longattn")
     report = extend_checkpoint(folder / "longattn", tmp_path / "dst", None, export="stock")
     assert digests(folder / "longattn") == before
@@ -173,7 +145,7 @@ def test_checkpoint_that_was_extended_is_converted(folders, tmp_path, name):
 
 
 def test_report_says_what_is_written_and_left_out(folders):
-    src = folders[0]["windows"] / "src"
+    src = folders["windows"] / "src"
     plan = longattn.Plan(attention="window:8", train_attention="group:8+shift")
     report = preview_checkpoint(src, plan, export="stock")
     changes = {change.what: (change.before, change.after) for change in report.changes}
@@ -189,7 +161,7 @@ def test_report_says_what_is_written_and_left_out(folders):
 
 
 def test_exported_checkpoint_is_extended_again(folders, tmp_path):
-    stock = folders[0]["windows"] / "stock"
+    stock = folders["windows"] / "stock"
     extend_checkpoint(stock, tmp_path / "dst", longattn.Plan(rope={"factor": 2.0}), export="stock")
     config = AutoConfig.from_pretrained(tmp_path / "dst")
     assert (config.max_position_embeddings, config.rope_parameters["factor"], config.sliding_window) == (512, 8.0, 8)
