@@ -62,8 +62,8 @@ class ExactPhases(Fused):
     the same reason cos and sin travel to the layers as the integers of their bits.
     """
 
-    def __init__(self, config: Any, device: Any = None) -> None:
-        super().__init__(config=config, device=device)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
         self.set_frequencies()
 
     def set_frequencies(self) -> None:
@@ -222,8 +222,7 @@ def _subclass(stock: type[nn.Module], mixin: type[Any], interleaved: bool | None
 
 def _blank(stock: type[nn.Module], interleaved: bool | None) -> nn.Module:
     """An empty module of a changed class, for copies and pickles to fill."""
-    cls = fused_class(stock, interleaved)
-    return cls.__new__(cls)
+    return nn.Module.__new__(fused_class(stock, interleaved))
 
 
 def forward_is_its_class(module: nn.Module) -> bool:
