@@ -43,6 +43,12 @@ struct Range {
     return static_cast<unsigned>(i - begin) < static_cast<unsigned>(end - begin);
   }
   LONGATTN_HD bool covers(int from, int to) const { return begin <= from && to <= end; }
+  LONGATTN_HD bool meets(int from, int to) const { return begin < to && from < end && from < to; }
+  // Bit i says whether the range holds from + i: an edge mask of 32 keys without a compare for each.
+  LONGATTN_HD uint32_t bits(int from) const {
+    const int low = smaller(larger(begin - from, 0), 32), high = smaller(larger(end - from, low), 32);
+    return static_cast<uint32_t>((uint64_t{1} << high) - (uint64_t{1} << low));
+  }
 };
 
 // The two ends, and their inverse: a new pattern is a new set of these four.
@@ -78,9 +84,10 @@ LONGATTN_HD Band group_band(int64_t size, int64_t shift, bool causal) {
 }
 
 // What one query sees: two disjoint ranges, sinks.begin <= sinks.end <= band.begin <= band.end.
-struct VisibleKeys {
+struct alignas(16) VisibleKeys {
   Range sinks, band;
   LONGATTN_HD bool sees(int key) const { return band.holds(key) || sinks.holds(key); }
+  LONGATTN_HD uint32_t bits(int from) const { return band.bits(from) | sinks.bits(from); }
 };
 
 // What the first queries of heads that share a tile see at least, and the last ones at most: for RowBand::tiles_of.

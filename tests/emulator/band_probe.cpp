@@ -27,7 +27,10 @@ extern "C" int band_probe(const int64_t* ends, const Rows* rows, int batch, int 
   for (int i = 0; i < num_queries; ++i) {
     const VisibleKeys keys = row.keys(i);
     bad += !inside(keys.sinks, num_keys) || !inside(keys.band, num_keys) || keys.sinks.end > keys.band.begin;
-    for (int j = 0; j < num_keys; ++j) seen_by_query[at(i, j)] = keys.sees(j);
+    for (int j = 0; j < num_keys; ++j) {
+      seen_by_query[at(i, j)] = keys.sees(j);
+      for (const int before : {0, 5, 31}) bad += keys.sees(j) != (keys.bits(j - before) >> before & 1);
+    }
   }
   for (int j = 0; j < num_keys; ++j) {
     const Range queries = row.queries(j);

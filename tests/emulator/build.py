@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "-std=c++20",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-pragmas",
-    f"-I{ROOT / 'csrc'}",
-    f"-I{ROOT / 'tests'}",
-)
+INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}")
+FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *INCLUDES)
 
 
 def compile_cpp(folder: Path, source: Path, *flags: str, output: str | None = None) -> Path:

@@ -1,0 +1,115 @@
+// Thin wrappers of what a kernel needs beyond C++: the only place with PTX. LONGATTN_EMULATED compiles the same kernels
+// with g++ against the emulator in tests/, which gives the same names.
+//
+// Fragments of mma.m16n8k16 (lane = 4 g + t): A holds rows g, g + 8 and columns 2 t, 2 t + 1, + 8; B holds column g and
+// rows 2 t, 2 t + 1, + 8; the sum holds rows g, g + 8 and columns 2 t, 2 t + 1.
+#pragma once
+
+#include <cstdint>
+
+namespace simt {
+struct alignas(16) Chunk {  // what a lane moves at once
+  uint32_t word[4];
+};
+}  // namespace simt
+
+#ifdef LONGATTN_EMULATED
+#include "emulator/simt.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define SIMT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  simt::launch(kernel, grid, threads, shared_bytes, stream, __VA_ARGS__)
+
+namespace simt {
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                   const Args&... args) {
+  if (shared_bytes > 48 * 1024) {  // above this a kernel must ask, on each device
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream> > >(args...);
+  return cudaGetLastError();
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 give the addresses of the rows of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// 16 bytes from global to shared memory, zeros where not valid; both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async16(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void store_chunk(void* destination, const Chunk& chunk) {
+  *static_cast<Chunk*>(destination) = chunk;
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Element types: pack rounds two floats to nearest; multiply adds A B to the sum.
+struct Bf16 {
+  __device__ static __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+struct Fp16 {
+  __device__ static __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+template <typename Type>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Type::multiply(sum, a, b0, b1);
+}
+#define mma_m16n8k16(Type, sum, a, b0, b1) multiply<Type>(sum, a, b0, b1)
+
+__device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; 0 for -inf
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float shfl_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+__device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xffffffffu, value); }
+
+}  // namespace simt
+#endif

@@ -1,0 +1,148 @@
+"""Runs the CUDA attention kernels in the emulator on torch tensors; mirrors csrc/window_attn.h, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT64, INT32, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+MAX_HEADS = 256
+FAR = 1 << 60
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("batch", INT64), ("head", INT64), ("token", INT64)]
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        ("num_queries", INT32), ("num_keys", INT32), ("query_start", INT64), ("key_start", INT64), ("sinks", INT64),
+        ("cu_seqlens", POINTER), ("num_documents", INT32), ("kv_start", POINTER), ("kv_end", POINTER),
+    ]  # fmt: skip
+
+
+class Band(ctypes.Structure):
+    _fields_ = [("left", INT64), ("right", INT64), ("group", INT64), ("shift", INT64), ("causal", ctypes.c_bool)]
+
+
+class Params(ctypes.Structure):
+    _fields_ = [
+        ("query", View), ("key", View), ("value", View), ("out", View), ("lse", POINTER), ("sink_logits", POINTER),
+        ("rows", Rows), ("band", Band), ("shifts", INT32 * MAX_HEADS), ("batch", INT32), ("heads", INT32),
+        ("kv_heads", INT32), ("head_dim", INT32), ("scale", FLOAT), ("softcap", FLOAT), ("bf16", ctypes.c_bool),
+        ("aligned", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, as the public ops take them, but for tensors."""
+
+    window: tuple[int, int] | None = None
+    group: int = 0
+    shifts: Sequence[int] = ()
+    causal: bool = True
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: int = 0
+    query_start: int | None = None
+    key_start: int = 0
+
+
+class Emulated:
+    """A compiled driver and a folder for its files."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.program, self.folder = program, folder
+        self.counters: dict[str, int] = {}
+        self.output = ""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: Call,
+        *,
+        sink_logits: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        kv_start: Tensor | None = None,
+        kv_end: Tensor | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of 16-bit query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D) in any strides."""
+        out = torch.full(query.shape, torch.nan, dtype=query.dtype)
+        if query.stride(1) < query.stride(2):
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = torch.full(query.shape[:3], torch.nan)
+        params = _params(query, key, value, out, call, cu_seqlens)
+        tensors = [query, key, value, out, lse, sink_logits, cu_seqlens, kv_start, kv_end]
+        out_bytes, lse_bytes = self._run(params, tensors, [3, 4], seed)
+        return _filled(out, out_bytes), _filled(lse, lse_bytes)
+
+    def _run(self, params: Any, tensors: list[Tensor | None], outputs: list[int], seed: int) -> list[bytes]:
+        case, result = self.folder / "case", self.folder / "result"
+        with case.open("wb") as file:
+            file.write(bytes(params))
+            for tensor in tensors:
+                data = _span(tensor) if tensor is not None else None
+                file.write(struct.pack("q", -1 if data is None else len(data)) + (data or b""))
+        done = subprocess.run([self.program, case, result, str(seed)], capture_output=True, text=True)
+        self.output = done.stderr
+        assert done.returncode == 0, done.stderr[-3000:]
+        self.counters = json.loads(done.stdout)
+        assert self.counters["error"] == 0
+        raw, at, parts = result.read_bytes(), 0, []
+        for i in outputs:
+            size = len(_span(tensors[i]))
+            parts.append(raw[at : at + size])
+            at += size
+        return parts
+
+
+def _span(tensor: Tensor) -> bytes:
+    """A tensor's memory from its first to its last element, gaps included."""
+    if tensor.numel() == 0:
+        return b""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((extent,), (1,)).view(torch.uint8).numpy().tobytes()
+
+
+def _filled(like: Tensor, data: bytes) -> Tensor:
+    if not data:
+        return like
+    flat = torch.frombuffer(bytearray(data), dtype=like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _view(x: Tensor) -> View:
+    return View(None, x.stride(0), x.stride(1), x.stride(2))
+
+
+def _params(query: Tensor, key: Tensor, value: Tensor, out: Tensor, call: Call, cu_seqlens: Tensor | None) -> Params:
+    batch, heads, sq, head_dim = query.shape
+    documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    start = key.shape[2] - sq if call.query_start is None else call.query_start
+    rows = Rows(sq, key.shape[2], start, call.key_start, call.sinks, None, documents, None, None)
+    if call.window is not None:
+        left, right = (FAR if bound < 0 else bound for bound in call.window)
+        band = Band(left, right, 0, 0, False)
+    else:
+        band = Band(0, 0, call.group, 0, call.causal)
+    shifts = (INT32 * MAX_HEADS)(*call.shifts)
+    scale = head_dim**-0.5 if call.scale is None else call.scale
+    strides = [x.stride(i) for x in (query, key, value, out) for i in range(3)]
+    aligned = head_dim % 8 == 0 and all(stride % 8 == 0 for stride in strides)
+    return Params(
+        _view(query), _view(key), _view(value), _view(out), None, None, rows, band, shifts, batch, heads, key.shape[1],
+        head_dim, scale, call.softcap, query.dtype == torch.bfloat16, aligned,
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+// What csrc/simt.h gives a kernel on a GPU, for g++: the CUDA words as macros, and the wrappers over the emulator.
+// Collectives carry their source line, so that lanes which meet in different instructions are noticed.
+#pragma once
+
+#include "emulator/warp.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+
+#define threadIdx (dim3(simt::self->index))
+#define blockIdx (simt::block->index)
+#define gridDim (simt::block->grid_dim)
+#define __syncthreads() simt::barrier()
+#define __syncwarp() simt::sync_warp(__LINE__)
+
+#define SIMT_SHARED(name) unsigned char* name = simt::block->shared
+#define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  ((void)(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
+
+#define ldmatrix_x4(fragment, address) load_matrices<false>(fragment, address, __LINE__)
+#define ldmatrix_x4_trans(fragment, address) load_matrices<true>(fragment, address, __LINE__)
+#define mma_m16n8k16(Type, sum, a, b0, b1) multiply<typename Type::Emulated>(sum, a, b0, b1, __LINE__)
+#define shfl_xor(value, mask) shuffle_xor(value, mask, __LINE__)
+#define any_lane(value) vote_any(value, __LINE__)
+
+namespace simt {
+
+struct Bf16 {
+  using Emulated = BFloat16;
+  static uint32_t pack(float low, float high) { return BFloat16::store(low) | uint32_t{BFloat16::store(high)} << 16; }
+};
+struct Fp16 {
+  using Emulated = Float16;
+  static uint32_t pack(float low, float high) { return Float16::store(low) | uint32_t{Float16::store(high)} << 16; }
+};
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float divide_fast(float a, float b) { return a / b; }
+
+}  // namespace simt

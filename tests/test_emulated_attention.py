@@ -1,0 +1,194 @@
+"""The CUDA attention kernels, compiled with g++ against the emulator: results, memory traffic, races and bounds.
+
+tests/emulator/full_matrix.py runs more of the same: every schedule, head dim and planted bug.
+"""
+
+import pytest
+import torch
+from emulator.attention import Call, Emulated
+from emulator.build import ROOT, compile_cpp
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from reference import FLOOR, assert_close, dense, error, finite, visible_mask
+
+DRIVER = ROOT / "tests" / "emulator" / "attention_driver.cpp"
+RELAXED = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def build(folder, *flags, source=DRIVER):
+    return Emulated(compile_cpp(folder, source, "-DLONGATTN_EMULATED", *flags, output="driver"), folder)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulated"), "-O2")
+
+
+def mask_of(query, key, call, **rows):
+    band = {"window": call.window} if call.window else {"group": call.group, "shifts": call.shifts}
+    return visible_mask(
+        query.shape[0], query.shape[1], query.shape[2], key.shape[2], **band, causal=call.causal, sinks=call.sinks,
+        query_start=call.query_start, key_start=call.key_start, **rows,
+    )  # fmt: skip
+
+
+def check_forward(emulated, query, key, value, call, sink_logits=None, seed=0, **rows):
+    out, lse = emulated.forward(query, key, value, call, sink_logits=sink_logits, seed=seed, **rows)
+    mask = mask_of(query, key, call, **rows)
+    options = dict(scale=call.scale, softcap=call.softcap, sink_logits=sink_logits)
+    ref_out, ref_lse = dense(query, key, value, mask, **options)
+    low_out, low_lse = dense(query, key, value, mask, **options, dtype=query.dtype)
+    assert_close("out", out, ref_out, error(low_out, ref_out))
+    low_error = error(finite(low_lse), finite(ref_lse))
+    assert_close("lse", lse, ref_lse, low_error, floor=FLOOR[query.dtype], norm=lse.numel() ** 0.5)
+    assert emulated.counters["bank_conflicts"] == 0
+    return out, lse
+
+
+def qkv(batch, heads, kv_heads, sq, sk, head_dim, dtype=torch.bfloat16, token_major=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, sq), (kv_heads, sk), (kv_heads, sk))
+    if token_major:
+        made = (torch.randn(batch, s, h, head_dim, generator=generator).transpose(1, 2) for h, s in shapes)
+    else:
+        made = (torch.randn(batch, h, s, head_dim, generator=generator) for h, s in shapes)
+    return tuple(x.to(dtype) for x in made)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_forward_is_right_for_every_head_dim(emulated, head_dim, dtype):
+    check_forward(emulated, *qkv(1, 2, 1, 150, 170, head_dim, dtype), Call(window=(70, 3), sinks=4), seed=1)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 20, 40, 72, 81, 100, 160, 200])
+def test_other_head_dims_are_padded_inside_the_kernel(emulated, head_dim):
+    check_forward(emulated, *qkv(1, 2, 2, 70, 70, head_dim), Call(window=(30, 0)))
+
+
+@st.composite
+def cases(draw):
+    """(shape, Call, sink logits, rows) with every feature drawn independently of the others, where they may meet."""
+    batch, kv_heads, ratio = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3]))
+    sq = draw(st.sampled_from([1, 2, 17, 64, 65, 130, 200]))
+    kind = draw(st.sampled_from(["plain", "longer", "documents", "rows", "shard"]))
+    sk = sq + (draw(st.integers(0, 150)) if kind in ("longer", "rows") else 0)
+    rows, start = {}, {}
+    if kind == "documents":
+        batch = 1
+        borders = sorted(draw(st.lists(st.integers(0, sq), max_size=4)))
+        rows["cu_seqlens"] = torch.tensor([0, *borders, sq], dtype=torch.int32)
+    if kind == "rows":
+        for name in draw(st.sampled_from([("kv_start",), ("kv_end",), ("kv_start", "kv_end")])):
+            rows[name] = torch.tensor([draw(st.integers(0, sk)) for _ in range(batch)], dtype=torch.int32)
+    if kind == "shard":
+        sk = draw(st.integers(1, 200))
+        start = {"query_start": draw(st.integers(0, 300)), "key_start": draw(st.integers(0, 300))}
+    options = dict(
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 30.0])), sinks=draw(st.sampled_from([0, 0, 1, 4, 70])),
+        scale=draw(st.sampled_from([None, None, 0.3, -0.2, 0.0])), **start,
+    )  # fmt: skip
+    if draw(st.booleans()):
+        call = Call(window=(draw(st.integers(-1, 150)), draw(st.integers(-1, 90))), **options)
+    else:
+        size = draw(st.integers(1, 150))
+        shifts = tuple(draw(st.integers(0, size - 1)) for _ in range(kv_heads * ratio))
+        call = Call(group=size, shifts=shifts, causal=draw(st.booleans()), **options)
+    sinks = torch.randn(kv_heads * ratio) if draw(st.booleans()) else None
+    return (batch, kv_heads * ratio, kv_heads, sq, sk), call, sinks, rows
+
+
+@settings(max_examples=120, **RELAXED)
+@given(cases(), st.sampled_from([16, 64, 80]), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_forward_is_right_for_features_in_combination(emulated, case, head_dim, token_major, half, seed):
+    shape, call, sink_logits, rows = case
+    dtype = torch.float16 if half else torch.bfloat16
+    query, key, value = qkv(*shape, head_dim, dtype, token_major, seed=seed)
+    check_forward(emulated, query, key, value, call, sink_logits, seed, **rows)
+
+
+def test_rows_that_see_no_key_give_zero_and_minus_infinity(emulated):
+    start = torch.tensor([100, 7], dtype=torch.int32)
+    for sink_logits in (None, torch.tensor([0.5, -2.0])):
+        out, lse = check_forward(
+            emulated, *qkv(2, 2, 2, 100, 100, 64), Call(window=(20, 0)), sink_logits, kv_start=start
+        )
+        assert not out[0].any() and not out[1, :, :7].any()
+        expected = -torch.inf if sink_logits is None else sink_logits[:, None].expand(2, 100)
+        assert torch.equal(lse[0], torch.as_tensor(expected).expand(2, 100))
+
+
+def test_strides_of_any_kind_are_read_in_place(emulated):
+    """Slices, gaps and odd offsets: memory between the rows holds NaNs, which nothing may touch."""
+    call = Call(window=(25, 0))
+    for width, head_dim in ((72, 64), (67, 64), (41, 40)):
+        wide = torch.full((1, 90, 3, 2, width), torch.nan, dtype=torch.bfloat16)
+        query, key, value = (wide[:, :, i, :, :head_dim].transpose(1, 2) for i in range(3))
+        for x in (query, key, value):
+            x.copy_(torch.randn(x.shape))
+        check_forward(emulated, query, key, value, call)
+
+
+def test_work_and_traffic_are_those_of_the_band(emulated):
+    """Tiles, products and bytes equal the closed form of a window: blocks of 128 rows, tiles of 64, warps of 32."""
+    sq, left, head_dim, heads = 512, 127, 64, 2
+    emulated.forward(*qkv(1, heads, 1, sq, sq, head_dim), Call(window=(left, 0)))
+    blocks = [(q, max(0, q - left)) for q in range(0, sq, 128)]
+    tiles = {q: -(-(q + 128 - low) // 64) for q, low in blocks}
+    keys = sum(min(64 * count, sq - low) for (_, low), count in zip(blocks, tiles.values(), strict=True))
+    assert emulated.counters["bytes_read"] == heads * 2 * head_dim * (sq + 2 * keys)
+    assert emulated.counters["bytes_written"] == heads * 2 * head_dim * sq
+    products = 0
+    for q, low in blocks:
+        for warp in range(q, q + 128, 32):
+            for tile in range(low, low + 64 * tiles[q], 64):
+                products += tile < warp + 32 and tile + 64 > max(0, warp - left)
+    assert emulated.counters["mma"] == heads * products * 2 * (32 // 16) * (64 // 8) * (head_dim // 16)
+
+
+def test_groups_cost_what_a_window_of_their_area_does(emulated):
+    sq, size = 1024, 256
+    inputs = qkv(1, 2, 1, sq, sq, 64)
+    emulated.forward(*inputs, Call(group=size, shifts=(0, size // 2)))
+    group = emulated.counters["mma"]
+    emulated.forward(*inputs, Call(window=(size // 2 - 1, 0)))
+    assert group <= emulated.counters["mma"]
+
+
+def test_equal_calls_give_equal_bits_under_every_schedule(emulated):
+    inputs, call = qkv(1, 2, 1, 200, 200, 64), Call(window=(90, 5), sinks=3)
+    first = emulated.forward(*inputs, call)
+    for seed in (1, 2, 3):
+        assert all(map(torch.equal, first, emulated.forward(*inputs, call, seed=seed)))
+
+
+SMALL = (qkv(1, 1, 1, 140, 140, 32), Call(window=(70, 0), sinks=2))
+
+
+@pytest.fixture(scope="module")
+def racing(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("thread"), "-O1", "-g", "-fsanitize=thread", "-DDRIVER_D=32")
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("address"), "-O1", "-g", "-fsanitize=address,undefined", "-DDRIVER_D=32")
+
+
+def test_no_two_threads_race(racing):
+    for seed in (0, 1):
+        check_forward(racing, *SMALL[0], SMALL[1], seed=seed)
+        assert "data race" not in racing.output
+
+
+def test_nothing_outside_a_tensor_is_touched(bounded):
+    check_forward(bounded, *SMALL[0], SMALL[1])
+    check_forward(bounded, *qkv(1, 1, 1, 33, 65, 27), Call(window=(-1, 0)))
+    hostile = torch.tensor([-(2**31), 2**31 - 1, 50, -3], dtype=torch.int32)
+    for rows in (
+        dict(cu_seqlens=hostile),
+        dict(kv_start=hostile[1:2]),
+        dict(kv_start=hostile[:1], kv_end=hostile[1:2]),
+    ):
+        bounded.forward(*SMALL[0], SMALL[1], **rows)
+    assert "ERROR" not in bounded.output
