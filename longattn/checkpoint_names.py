@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called in the model; changes with how transformers renames them when it loads."""
+"""What the tensors of a checkpoint are called in the model; changes with how transformers renames them at loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every served family through memory and disk: reload, restore, new tokens, and checkpoints that are changed as files."""
+"""Every served family through memory and disk: reload, restore, new tokens, checkpoints that are changed as files."""
 
 from __future__ import annotations
 

@@ -196,6 +196,30 @@ def test_nested_plan_names_layer_types():
         resolve(rope=rope)
 
 
+def test_layers_that_see_everything_decide_the_length():
+    sliding = {"sliding_attention": {"rope_type": "linear", "factor": 2}}
+    change = resolve(NESTED, rope=sliding)
+    assert change.max_position_embeddings == LENGTH and change.rope_parameters["full_attention"] == PLAIN
+    with pytest.raises(ValueError, match="context is the length of the layers that see everything"):
+        resolve(NESTED, rope=sliding, context=2 * LENGTH)
+    windowed = {"sliding_attention": PLAIN, "chunked_attention": PLAIN}
+    change = resolve(windowed, rope=sliding)
+    assert change.max_position_embeddings == 2 * LENGTH
+    with pytest.raises(ValueError, match="gives the layer types different lengths"):
+        resolve(windowed, rope={**sliding, "chunked_attention": {"rope_type": "linear", "factor": 4}})
+
+
+def test_other_layers_keep_their_frequencies():
+    dynamic = {**NESTED, "sliding_attention": {**PLAIN, "rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(ValueError, match=f"it would be {4 * LENGTH} where {LENGTH} is meant"):
+        resolve(dynamic, rope={"rope_type": "linear", "factor": 4})
+
+
+def test_rotary_dim_stays():
+    with pytest.raises(ValueError, match="changes the rotary dim, 64, to 32"):
+        resolve(rope={"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5})
+
+
 def test_older_configs_are_read():
     old = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4}
     change = resolve(old, 8192, {"factor": 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -36,10 +37,11 @@ class Path(NamedTuple):
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show versions, what was compiled for what, and which path serves each op on each device, and why."""
-    facts, paths = _facts(), list(_paths())
+    """Show versions, what was compiled, which path serves each op on each device and why, and the model families."""
+    facts, paths, families = _facts(), list(_paths()), _families()
     if as_json:
-        typer.echo(json.dumps({"facts": facts, "paths": [path._asdict() for path in paths]}, indent=2))
+        report = {"facts": facts, "paths": [path._asdict() for path in paths], "families": families}
+        typer.echo(json.dumps(report, indent=2))
         return
     console = Console()
     versions = Table("what", "found", title="This installation")
@@ -48,7 +50,34 @@ def doctor(
     served = Table("op", "device", "dtypes", "path", "why", title="What serves each op")
     for (op, device, path, reason), dtypes in _by_path(paths).items():
         served.add_row(op, device, ", ".join(dtypes), path, reason)
-    console.print(versions, served)
+    models = Table("families", "windows of their own", "rope", title="Model families that extend serves")
+    for (windows, rope), names in _by_kind(families).items():
+        models.add_row(", ".join(names), windows, rope)
+    console.print(versions, served, models)
+
+
+def _families() -> list[dict[str, str]]:
+    """What is known of each served family; empty where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    from longattn.hf.families import FAMILIES
+
+    windows = {"none": "none", "shared": "one for all layers", "layered": "in the layers of layer_types"}
+    rotates = {"all": "", "windowed": ", in the layers with a window", "listed": ", in the layers of no_rope_layers"}
+    families = []
+    for family in FAMILIES.values():
+        rope = ("interleaved" if family.interleaved else "half-split") + rotates[family.rotates]
+        rope += f"; rope types {' and '.join(family.rope_types)} alone" if family.rope_types else ""
+        families.append({"model_type": family.model_type, "windows": windows[family.windows], "rope": rope})
+    return families
+
+
+def _by_kind(families: list[dict[str, str]]) -> dict[tuple[str, str], list[str]]:
+    """Families that share a row: same windows and rope."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for family in families:
+        rows.setdefault((family["windows"], family["rope"]), []).append(family["model_type"])
+    return rows
 
 
 def _facts() -> dict[str, str]:

@@ -158,7 +158,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 # Architectures whose attention transformers' AttentionInterface does not reach.
 NOT_HOOKED = frozenset(
-    "big_bird bloom clvp codegen cpmant diffllama falcon falcon_mamba gpt_neo gpt_neox_japanese gptj mamba mamba2 "
+    "big_bird bloom clvp codegen cpmant falcon falcon_mamba gpt_neo gpt_neox_japanese gptj mamba mamba2 "
     "megatron-bert mpt openai-gpt reformer rembert roformer rwkv trocr xglm xlm xlnet xlstm".split()
 )
 NOT_SERVED = {
@@ -167,6 +167,7 @@ NOT_SERVED = {
         "longcat_flash minicpm3 youtu"
     ),
     "its keys are compressed over several tokens": "deepseek_v4",
+    "a layer attends twice and takes the difference": "diffllama",
     "its last layers attend to the keys of earlier ones, which their patterns would have to share": (
         "gemma3n_text gemma4_text gemma4_unified_text"
     ),
