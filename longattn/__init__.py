@@ -47,6 +47,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":  # not imported before transformers' modelling code is, which may be after this is asked for
+        return importlib.import_module("longattn.hf")
     if name not in _LAZY:
         raise AttributeError(f"module 'longattn' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
