@@ -7,8 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/clones.h"
 #include "cpu/rope.h"
 
@@ -74,12 +77,150 @@ void rope_fwd(const Tensor& query, const Tensor& key, const Tensor& cos, const T
   longattn::cpu::rope_bfloat16(p, &parallel_for);
 }
 
+namespace cpu = longattn::cpu;
+
+// A (B, H, S, D) tensor of an attention call; D and the dtype are the query's.
+cpu::Tensor4 tensor4(const char* name, const Tensor& x, const Tensor& query, int64_t heads, int64_t tokens) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == query.scalar_type() && x.size(0) == query.size(0) &&
+                      x.size(1) == heads && x.size(2) == tokens && x.size(3) == query.size(3),
+                  "attention: ", name, " must be (", query.size(0), ", ", heads, ", ", tokens, ", ", query.size(3),
+                  ") in query's dtype");
+  STD_TORCH_CHECK(x.stride(3) == 1, "attention: ", name, " must have contiguous channels");
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+const int32_t* row_values(const char* name, const std::optional<Tensor>& x, int64_t size) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->dim() == 1 && x->is_contiguous() && x->size(0) == size,
+                  "attention: ", name, " must be contiguous int32 (", size, ",)");
+  return x->const_data_ptr<int32_t>();
+}
+
+float* rows_float32(const char* name, const Tensor& x, const Tensor& query) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == 3 &&
+                      x.size(0) == query.size(0) && x.size(1) == query.size(1) && x.size(2) == query.size(2),
+                  "attention: ", name, " must be contiguous float32 (B, Hq, Sq)");
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+cpu::Element element_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return cpu::Element::kFloat32;
+  if (x.scalar_type() == ScalarType::BFloat16) return cpu::Element::kBFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "attention: compiled for float32, bfloat16 and float16 only");
+  return cpu::Element::kFloat16;
+}
+
+// What the attention ops share behind the arguments of their band.
+struct AttentionOptions {
+  double scale, softcap;
+  int64_t sink_tokens;
+  const std::optional<Tensor>&sink_logits, &cu_seqlens, &kv_start, &kv_end;
+  int64_t query_start, key_start;
+};
+
+// Shapes are checked here too: a wrong one would read outside the tensors. `bands` has one a query head.
+cpu::AttentionParams attention_params(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                      const Tensor& lse, const AttentionOptions& options,
+                                      const std::vector<longattn::Band>& bands) {
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), dim = query.size(3);
+  const int64_t kv_heads = key.size(1), keys = key.size(2);
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  STD_TORCH_CHECK(dim >= 8 && dim % 8 == 0 && dim <= cpu::kMaxHeadDim,
+                  "attention: head_dim must be a multiple of 8 up to ", cpu::kMaxHeadDim, ", got ", dim);
+  STD_TORCH_CHECK(batch < kLargest && heads < kLargest && queries < kLargest && keys < kLargest,
+                  "attention: sizes must lie below 2^30");
+  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
+                  "attention: query must have a multiple of key's heads");
+  STD_TORCH_CHECK(static_cast<int64_t>(bands.size()) == heads, "attention: one band a query head");
+  cpu::AttentionParams p{};
+  p.query = tensor4("query", query, query, heads, queries);
+  p.key = tensor4("key", key, query, kv_heads, keys);
+  p.value = tensor4("value", value, query, kv_heads, keys);
+  p.out = tensor4("out", out, query, heads, queries);
+  p.lse = rows_float32("lse", lse, query);
+  p.batch = static_cast<int>(batch);
+  p.heads = static_cast<int>(heads);
+  p.kv_heads = static_cast<int>(kv_heads);
+  p.head_dim = static_cast<int>(dim);
+  const int64_t documents = options.cu_seqlens ? options.cu_seqlens->size(0) - 1 : 0;
+  p.rows = {static_cast<int>(queries),
+            static_cast<int>(keys),
+            options.query_start,
+            options.key_start,
+            longattn::smaller(options.sink_tokens, longattn::kFar),
+            row_values("cu_seqlens", options.cu_seqlens, documents + 1),
+            static_cast<int>(documents),
+            row_values("kv_start", options.kv_start, batch),
+            row_values("kv_end", options.kv_end, batch)};
+  p.bands = bands.data();
+  if (options.sink_logits) {
+    const Tensor& logits = *options.sink_logits;
+    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.numel() == heads,
+                    "attention: sink_logits must be contiguous float32 (", heads, ",)");
+    p.sink_logits = logits.const_data_ptr<float>();
+  }
+  p.scale = static_cast<float>(options.scale);
+  p.softcap = static_cast<float>(options.softcap);
+  p.element = element_of(query);
+  return p;
+}
+
+const cpu::AttentionKernels& attention_kernels(const cpu::AttentionParams& p) {
+  const cpu::AttentionKernels* kernels = cpu::attention_kernels(p.element);
+  STD_TORCH_CHECK(kernels != nullptr, "attention: no kernel for this processor");
+  return *kernels;
+}
+
+std::vector<longattn::Band> window_bands(const Tensor& query, int64_t left, int64_t right) {
+  return std::vector<longattn::Band>(query.size(1), longattn::window_band(left, right));
+}
+
+std::vector<longattn::Band> group_bands(int64_t group_size, const std::vector<int64_t>& shifts, bool causal) {
+  std::vector<longattn::Band> bands;
+  for (const int64_t shift : shifts) {
+    STD_TORCH_CHECK(group_size > 0 && 0 <= shift && shift < group_size, "attention: shift must lie in the group");
+    bands.push_back(longattn::group_band(group_size, shift, causal));
+  }
+  return bands;
+}
+
+void attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                   const std::vector<longattn::Band>& bands, const Tensor& out, const Tensor& lse) {
+  const cpu::AttentionParams p = attention_params(query, key, value, out, lse, options, bands);
+  STD_TORCH_CHECK(attention_kernels(p).forward(p, &parallel_for), "attention: no memory for scratch");
+}
+
+using MaybeTensor = std::optional<Tensor>;
+
+void window_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int64_t left, int64_t right, double scale,
+                double softcap, int64_t sink_tokens, MaybeTensor sink_logits, MaybeTensor cu_seqlens,
+                MaybeTensor kv_start, MaybeTensor kv_end, int64_t query_start, int64_t key_start, Tensor out,
+                Tensor lse) {
+  const AttentionOptions options{scale,    softcap, sink_tokens, sink_logits, cu_seqlens,
+                                 kv_start, kv_end,  query_start, key_start};
+  attention_fwd(query, key, value, options, window_bands(query, left, right), out, lse);
+}
+
+void group_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int64_t group_size,
+               std::vector<int64_t> shifts, bool causal, double scale, double softcap, int64_t sink_tokens,
+               MaybeTensor sink_logits, MaybeTensor cu_seqlens, MaybeTensor kv_start, MaybeTensor kv_end,
+               int64_t query_start, int64_t key_start, Tensor out, Tensor lse) {
+  const AttentionOptions options{scale,    softcap, sink_tokens, sink_logits, cu_seqlens,
+                                 kv_start, kv_end,  query_start, key_start};
+  attention_fwd(query, key, value, options, group_bands(group_size, shifts, causal), out, lse);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(longattn, CPU, m) { m.impl("_rope_fwd", TORCH_BOX(&rope_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(longattn, CPU, m) {
+  m.impl("_rope_fwd", TORCH_BOX(&rope_fwd));
+  m.impl("_window_fwd", TORCH_BOX(&window_fwd));
+  m.impl("_group_fwd", TORCH_BOX(&group_fwd));
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled longattn kernels; importing this module registers them with torch.ops.longattn.";
+  m.def("cpu_isa", [] { return std::string(cpu::attention_isa()); });
   m.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);

@@ -105,7 +105,7 @@ def test_autocast_casts_query_key_value_alone():
 def test_which_and_force():
     q, k, v = tensors()
     choice = longattn.which(longattn.window_attention, q, k, v, 4)
-    assert choice.path == "pure" and choice.reason
+    assert choice.path in ("pure", "compiled") and choice.reason
     with longattn.force("pure"):
         assert longattn.which("group_attention", q, k, v, 4).reason == "forced"
     with pytest.raises(ValueError, match="window_size must hold at least 1 key"):

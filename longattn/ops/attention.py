@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.ops import dispatch, pure_backward, pure_forward
+from longattn.ops import compiled, dispatch, pure_backward, pure_forward
 from longattn.ops.band import Band
 from longattn.ops.checks import check_attention, check_row_values, check_rows, check_types
 from longattn.ops.layout import empty_like_order
@@ -60,6 +60,8 @@ def define_attention(
         check_band: (query, *band arguments) -> None; raises ValueError. The arguments may be symbolic.
         make_bands: (query, *band arguments) -> the bands, of arguments that were checked and are plain.
     """
+    private = f"_{op.removesuffix('_attention')}"
+    compiled.define_private(private, band_schema.replace("SymInt", "int"))
     inputs = "Tensor query, Tensor key, Tensor value"
     tags = (torch.Tag.pt2_compliant_tag,)
     dispatch.library.define(f"{op}({inputs}, {band_schema}, {OPTIONS}) -> (Tensor out, Tensor lse)", tags=tags)
@@ -85,8 +87,10 @@ def define_attention(
     def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         rows = check(query, key, value, args)
         check_row_values(op, query, key, rows)
-        dispatch.choose(op, query, key, value, *args)
+        serves = dispatch.choose(op, query, key, value, *args)
         query, key, value = map(_dense_channels, (query, key, value))
+        if serves:
+            return compiled.forward(private, query, key, value, args)
         return pure_forward.forward(query, key, value, job(query, rows, args), args[SINK_LOGITS])
 
     def backward(

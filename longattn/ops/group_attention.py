@@ -12,6 +12,7 @@ from longattn.ops import dispatch
 from longattn.ops.attention import Bands, define_attention, options
 from longattn.ops.band import GroupBand
 from longattn.ops.checks import check_count
+from longattn.ops.compiled import why_not_compiled
 
 __all__ = ["group_attention"]
 
@@ -139,4 +140,4 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 define_attention(OP, "SymInt group_size, SymInt[] shifts, bool causal", _check_band, _make_bands)
-dispatch.register(OP, prepare=_prepare, why_not_compiled=lambda *args: None, private="_group_fwd", example=_example)
+dispatch.register(OP, prepare=_prepare, why_not_compiled=why_not_compiled, private="_group_fwd", example=_example)

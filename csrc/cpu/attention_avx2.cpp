@@ -1,0 +1,32 @@
+// Attention kernels for AVX2, FMA and F16C. The target region begins behind the headers that other files compile too:
+// an inline function of theirs, compiled for this instruction set, could serve a processor that lacks it.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+#include "attention.h"
+#include "attention_isas.h"
+#include "elements.h"
+#include "isa.h"
+#include "tasks.h"
+
+#ifdef LONGATTN_X86_KERNELS
+#pragma GCC target("avx2,fma,f16c")
+#include "fma.h"
+#include "forward.h"
+#include "vec_avx2.h"
+
+namespace longattn::cpu {
+
+const AttentionKernels* avx2_kernels(Element element) {
+  static const AttentionKernels kernels[] = {
+      {&forward<Fma<Avx2>, float>, nullptr},
+      {&forward<Fma<Avx2>, BFloat16>, nullptr},
+      {&forward<Fma<Avx2>, Float16>, nullptr},
+  };
+  return &kernels[static_cast<int>(element)];
+}
+
+}  // namespace longattn::cpu
+#endif

@@ -1,0 +1,32 @@
+// Attention kernels for AVX-512. The target region begins behind the headers that other files compile too:
+// an inline function of theirs, compiled for this instruction set, could serve a processor that lacks it.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+#include "attention.h"
+#include "attention_isas.h"
+#include "elements.h"
+#include "isa.h"
+#include "tasks.h"
+
+#ifdef LONGATTN_X86_KERNELS
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "fma.h"
+#include "forward.h"
+#include "vec_avx512.h"
+
+namespace longattn::cpu {
+
+const AttentionKernels* avx512_kernels(Element element) {
+  static const AttentionKernels kernels[] = {
+      {&forward<Fma<Avx512>, float>, nullptr},
+      {&forward<Fma<Avx512>, BFloat16>, nullptr},
+      {&forward<Fma<Avx512>, Float16>, nullptr},
+  };
+  return &kernels[static_cast<int>(element)];
+}
+
+}  // namespace longattn::cpu
+#endif

@@ -1,0 +1,11 @@
+// The tables of kernels, one an instruction set, that attention.cpp chooses from.
+#pragma once
+
+#include "attention.h"
+
+namespace longattn::cpu {
+
+const AttentionKernels* avx2_kernels(Element element);
+const AttentionKernels* avx512_kernels(Element element);
+
+}  // namespace longattn::cpu

@@ -1,0 +1,70 @@
+"""How the public attention ops call the compiled private ones: schemas, what these serve, and where results go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.ops import dispatch
+from longattn.ops.layout import empty_like_order
+
+__all__ = ["define_private", "forward", "why_not_compiled"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 256
+LARGEST_SIZE = 1 << 30
+OPTIONS = (
+    "float scale, float softcap, int sink_tokens, Tensor? sink_logits, Tensor? cu_seqlens, Tensor? kv_start, "
+    "Tensor? kv_end, int query_start, int key_start"
+)
+SINK_LOGITS = -6  # where the options hold sink_logits
+
+
+def define_private(name: str, band_schema: str) -> None:
+    """Define `longattn::<name>_fwd`, which the compiled module implements; it writes into out and lse.
+
+    The channels of all (B, H, S, D) tensors are contiguous; lse is contiguous float32, sink_logits float32.
+    """
+    inputs = "Tensor query, Tensor key, Tensor value"
+    dispatch.library.define(f"{name}_fwd({inputs}, {band_schema}, {OPTIONS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
+
+
+def why_not_compiled(query: Tensor, key: Tensor, *args: Any) -> str | None:
+    """Why the compiled kernels can't serve these tensors; None where they can."""
+    head_dim = query.shape[-1]
+    if query.dtype not in DTYPES:
+        return f"compiled for float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > LARGEST_HEAD_DIM:
+        return f"compiled for head dims that are multiples of 8 up to {LARGEST_HEAD_DIM}, not {head_dim}"
+    if max(*query.shape, *key.shape) >= LARGEST_SIZE:
+        return f"compiled for sizes below {LARGEST_SIZE}, not {max(*query.shape, *key.shape)}"
+    module = dispatch.compiled_module()
+    if query.device.type == "cpu" and module is not None and module.cpu_isa() == "none":
+        return "this processor, or LONGATTN_CPU_ISA, allows neither AVX2 nor AVX-512"
+    return None
+
+
+def forward(name: str, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Run `longattn::<name>_fwd`.
+
+    Args:
+        query, key, value: (B, H, S, D) with contiguous channels.
+        args: the public op's arguments behind them.
+
+    Returns:
+        out like query, and the log-sum-exp (B, Hq, Sq) float32.
+    """
+    out = empty_like_order(query)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    getattr(torch.ops.longattn, f"{name}_fwd").default(query, key, value, *_plain(args), out, lse)
+    return out, lse
+
+
+def _plain(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments with sink_logits in float32 and every tensor contiguous."""
+    plain = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+    sink_logits = plain[SINK_LOGITS]
+    plain[SINK_LOGITS] = None if sink_logits is None else sink_logits.float()
+    return plain
