@@ -177,11 +177,11 @@ def _read(fields: dict[str, Any]) -> PreTrainedConfig:
 def _check_same(read: PreTrainedConfig, meant: PreTrainedConfig) -> None:
     for field in ("model_type", "rope_parameters", "max_position_embeddings", "vocab_size"):
         found, expected = getattr(read, field), getattr(meant, field)
-        if field == "rope_parameters" and read.model_type == "phi3":
-            # its keys of version 4 are "type" and no "factor", which is the ratio of the lengths
-            found, expected = (
-                {k: v for k, v in rope.items() if k not in ("type", "factor")} for rope in (found, expected)
-            )
+        if (
+            field == "rope_parameters"
+        ):  # some families' keys of version 4 name the type so, Phi 3's leave the factor out
+            left = ("type", "factor") if read.model_type == "phi3" else ("type",)
+            found, expected = ({k: v for k, v in rope.items() if k not in left} for rope in (found, expected))
         if found != expected:
             raise RuntimeError(f"export: config.json reads back {field} {found}, not {expected}")
 
@@ -192,7 +192,7 @@ def _changes(config: PreTrainedConfig, target: PreTrainedConfig) -> list[Change]
 
 
 def _notes(
-    config: PreTrainedConfig, patterns: Sequence[Pattern], legacy: dict[str, Any], unreadable: str | None
+    config: PreTrainedConfig, patterns: Sequence[Pattern], legacy: dict[str, Any], unreadable: Sequence[str]
 ) -> list[str]:
     notes = []
     training = layer_patterns(config, "train_attention")
@@ -202,6 +202,4 @@ def _notes(
     if hasattr(config, "longattn"):
         notes.append("config.longattn, which restore needs, is left out")
     notes.append(f"beside the keys of transformers 5 those of version 4: {', '.join(sorted(legacy))}")
-    if unreadable is not None:
-        notes.append(unreadable)
-    return notes
+    return [*notes, *unreadable]

@@ -20,9 +20,15 @@ NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": 
 OUTSIDE = ("rope_theta", "partial_rotary_factor")
 # Types of version 5 alone. Version 4 refuses a type that it does not know, so the key is written all the same.
 NEW_TYPES = frozenset({"proportional"})
+# Families whose version 4 takes `type` and exactly these keys, and refuses all others: the types, the keys.
+EXACT_KEYS = {
+    "phi3": (("longrope",), ("short_factor", "long_factor")),
+    "olmo": (("linear", "dynamic"), ("factor",)),
+    "olmo2": (("linear", "dynamic"), ("factor",)),
+}
 
 
-def legacy_config_keys(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def legacy_config_keys(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The keys of transformers 4 that say what a config of version 5 says.
 
     transformers 5 reads them too, and where both are there `rope_scaling` goes before `rope_parameters`: the two hold
@@ -32,32 +38,48 @@ def legacy_config_keys(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str |
         fields: config.json as transformers 5 writes it.
 
     Returns:
-        The keys to add, and what version 4 can't read, or None.
+        The keys to add, and what version 4 can't read.
 
     Example:
         >>> rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
         >>> legacy_config_keys({"model_type": "llama", "rope_parameters": rope})[0]
         {'rope_theta': 10000.0, 'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}
     """
+    model_type, rope = fields["model_type"], fields.get("rope_parameters") or {}
     keys: dict[str, Any] = {} if fields.get("dtype") is None else {"torch_dtype": fields["dtype"]}
-    rope, model_type = fields.get("rope_parameters") or {}, fields["model_type"]
-    if is_nested(rope):
-        nested = _nested_keys(rope, model_type)
-        if nested is None:
-            return keys, f"transformers 4 has no keys for the layers' different ropes of {model_type}: use version 5"
-        return {**keys, **nested}, None
+    unreadable = []
+    if model_type == "qwen3_moe" and "num_local_experts" in fields:
+        keys["num_experts"] = fields["num_local_experts"]
+    if model_type == "qwen2_moe" and len(set(fields.get("layer_types") or ())) > 1:
+        unreadable.append("transformers 4 of qwen2_moe reads no layer_types: windows of some layers need version 5")
+    if not is_nested(rope):
+        rope_keys, reason = _flat_keys(rope, model_type)
+    elif (nested := _nested_keys(rope, model_type)) is not None:
+        rope_keys, reason = nested, None
+    else:
+        rope_keys, reason = {}, f"transformers 4 of {model_type} has no keys for ropes that differ so: use version 5"
+    return {**keys, **rope_keys}, [*unreadable, *([] if reason is None else [reason])]
+
+
+def _flat_keys(rope: Mapping[str, Any], model_type: str) -> tuple[dict[str, Any], str | None]:
     names = NAMES.get(model_type, {})
-    keys |= {names.get(key, key): rope[key] for key in OUTSIDE if key in rope}
+    keys = {names.get(key, key): rope[key] for key in OUTSIDE if key in rope}
     scaling = _scaling(rope)
     if scaling is None:
         return keys, None
-    if ORIGINAL in REQUIRED_KEYS.get(scaling["rope_type"], ()):
+    rope_type = scaling["rope_type"]
+    if ORIGINAL in REQUIRED_KEYS.get(rope_type, ()):
         keys[ORIGINAL] = rope[ORIGINAL]  # version 4 looks for longrope's here alone, llama.cpp once for llama3's
-    if model_type == "phi3":
-        return _phi3_keys(keys, scaling)
-    if scaling["rope_type"] in NEW_TYPES:
-        return {**keys, "rope_scaling": scaling}, f"transformers 4 has no rope_type {scaling['rope_type']!r}"
-    return {**keys, "rope_scaling": scaling}, None
+    unreadable = None
+    if model_type in EXACT_KEYS:
+        types, exact = EXACT_KEYS[model_type]
+        if rope_type in types and "attention_factor" not in scaling:
+            scaling = {"type": rope_type, **{key: scaling[key] for key in exact}}
+        else:
+            unreadable = f"transformers 4 of {model_type} reads only {', '.join(types)}, with {', '.join(exact)} alone"
+    elif rope_type in NEW_TYPES:
+        unreadable = f"transformers 4 has no rope_type {rope_type!r}"
+    return {**keys, "rope_scaling": scaling}, unreadable
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -79,14 +101,6 @@ def _nested_keys(rope: Mapping[str, Any], model_type: str) -> dict[str, Any] | N
         return None
     scaling = _scaling(full)
     return keys if scaling is None else {**keys, "rope_scaling": scaling}
-
-
-def _phi3_keys(keys: dict[str, Any], scaling: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Version 4 of Phi 3 takes exactly three keys, and has the factor from the two lengths."""
-    if scaling["rope_type"] != "longrope" or "attention_factor" in scaling:
-        return keys, "transformers 4 of phi3 knows longrope without attention_factor alone: use version 5"
-    three = {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
-    return {**keys, "rope_scaling": three}, None
 
 
 def legacy_tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:

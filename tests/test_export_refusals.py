@@ -112,6 +112,7 @@ LOCAL = {"rope_type": "default", "rope_theta": 1e4}
         ("llama", LOCAL, {"rope_theta": 1e4}),
         ("phi", {**LOCAL, "partial_rotary_factor": 0.5}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("gpt_neox", {**LOCAL, "partial_rotary_factor": 0.25}, {"rotary_emb_base": 1e4, "rotary_pct": 0.25}),
+        ("olmo2", FULL, {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 8.0}}),
         (
             "gemma3_text",
             {"full_attention": FULL, "sliding_attention": LOCAL},
@@ -120,20 +121,28 @@ LOCAL = {"rope_type": "default", "rope_theta": 1e4}
     ],
 )
 def test_families_have_their_own_keys_in_version_4(model_type, rope, keys):
-    assert legacy_config_keys({"model_type": model_type, "rope_parameters": rope}) == (keys, None)
+    assert legacy_config_keys({"model_type": model_type, "rope_parameters": rope}) == (keys, [])
 
 
 @pytest.mark.parametrize(
     ("model_type", "rope", "message"),
     [
-        ("gemma3_text", {"full_attention": FULL, "sliding_attention": FULL}, "different ropes"),
-        ("olmo3", {"full_attention": LOCAL, "sliding_attention": {**LOCAL, "rope_theta": 1e5}}, "different ropes"),
+        ("gemma3_text", {"full_attention": FULL, "sliding_attention": FULL}, "ropes that differ"),
+        ("olmo3", {"full_attention": LOCAL, "sliding_attention": {**LOCAL, "rope_theta": 1e5}}, "ropes that differ"),
         ("llama", {**LOCAL, "rope_type": "proportional"}, "no rope_type 'proportional'"),
-        ("phi3", {**FULL, "rope_type": "yarn", "original_max_position_embeddings": 64}, "longrope"),
+        ("olmo", {**FULL, "rope_type": "yarn", "original_max_position_embeddings": 64}, "reads only linear, dynamic"),
     ],
 )
 def test_what_version_4_can_not_read_is_said(model_type, rope, message):
-    assert message in legacy_config_keys({"model_type": model_type, "rope_parameters": rope})[1]
+    assert message in legacy_config_keys({"model_type": model_type, "rope_parameters": rope})[1][0]
+
+
+def test_experts_and_windows_of_qwen_have_their_keys_and_notes():
+    fields = {"rope_parameters": LOCAL, "dtype": "bfloat16"}
+    keys, unreadable = legacy_config_keys({**fields, "model_type": "qwen3_moe", "num_local_experts": 4})
+    assert (keys, unreadable) == ({"torch_dtype": "bfloat16", "num_experts": 4, "rope_theta": 1e4}, [])
+    mixed = {**fields, "model_type": "qwen2_moe", "layer_types": ["full_attention", "sliding_attention"]}
+    assert "reads no layer_types" in legacy_config_keys(mixed)[1][0]
 
 
 def test_tokenizer_of_version_4_stays():
