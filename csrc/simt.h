@@ -33,8 +33,12 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t sh
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream> > >(args...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {

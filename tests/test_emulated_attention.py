@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulator.attention import Call, Emulated
 from emulator.build import ROOT, compile_cpp
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import FLOOR, assert_close, dense, error, finite, visible_mask
 
