@@ -1,6 +1,8 @@
-"""What holds for all tests: the compiled module where it is required, and the same random numbers each time."""
+"""What tests share: the compiled module where it is required, the same random numbers, one checkpoint on disk."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +21,20 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama checkpoint in several shards, made once; tests that damage it take a copy."""
+    from checkpoints import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("llama") / "src")
+
+
+@pytest.fixture
+def src_is_untouched(src: Path) -> Iterator[None]:
+    from checkpoints import digests
+
+    before = digests(src)
+    yield
+    assert digests(src) == before

@@ -24,17 +24,7 @@ ALL = longattn.Plan(
 PLANS = {"rope": ROPE, "attention": ATTENTION, "tokens": TOKENS, "all": ALL}
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
-
-@pytest.fixture(scope="module")
-def src(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("llama") / "src")
-
-
-@pytest.fixture(autouse=True)
-def src_is_untouched(src):
-    before = digests(src)
-    yield
-    assert digests(src) == before
+pytestmark = pytest.mark.usefixtures("src_is_untouched")
 
 
 def logits(model, length=40):
@@ -163,6 +153,8 @@ def test_extended_checkpoint_is_extended_again(src, tmp_path):
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "twice").config
     assert (config.max_position_embeddings, config.rope_parameters["factor"]) == (512, 8.0)
     assert read_json(tmp_path / "twice" / "config.json")["attn_implementation"] == "longattn"
+    assert (config.longattn["plan"], config.longattn["earlier_plans"]) == ({"rope": {"factor": 2.0}}, [ALL.to_dict()])
+    assert config.longattn["original"]["max_position_embeddings"] == 64
 
 
 def test_progress_reaches_the_end_once(src, tmp_path):
