@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from hf_models import build
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+INDEX = "model.safetensors.index.json"
 SHARD_SIZE = "20KB"  # several shards of the tiny models
 
 
@@ -69,6 +71,17 @@ def read_json(path: Path):
 
 def edit_json(path: Path, **fields) -> None:
     path.write_text(json.dumps({**read_json(path), **fields}), encoding="utf-8")
+
+
+def rewrite(folder, edit):
+    """Write all tensors anew as one file, after `edit` has changed them by name."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors.update(load_file(path))
+        path.unlink()
+    (folder / INDEX).unlink()
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -8,11 +8,9 @@ import pickle
 from pathlib import Path
 
 import torch
-from checkpoints import edit_json, read_json
-from safetensors.torch import load_file, save_file
+from checkpoints import INDEX, edit_json, read_json, rewrite
 
 TOKEN = ["--add-token", "<tool>"]
-INDEX = "model.safetensors.index.json"
 
 
 def first_shard(folder):
@@ -136,17 +134,6 @@ def index_without_map(folder):
 
 def index_with_a_wrong_sum(folder):
     edit_json(folder / INDEX, metadata={"total_parameters": "many"})
-
-
-def rewrite(folder, edit):
-    """Write all tensors anew as one file, after `edit` has changed them by name."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors.update(load_file(path))
-        path.unlink()
-    (folder / INDEX).unlink()
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def no_norm(folder):

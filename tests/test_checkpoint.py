@@ -1,12 +1,13 @@
 """Checkpoints changed on disk: which bytes stay, what reloads, what is refused, and that SRC is never touched."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from checkpoints import digests, edit_json, read_json, same_bits, stored, write_checkpoint
+from checkpoints import digests, edit_json, read_json, rewrite, same_bits, stored, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -186,3 +187,37 @@ def test_limit_of_generation_follows_on_disk(tmp_path):
     edit_json(src / "generation_config.json", max_length=64)
     extend_checkpoint(src, dst, ROPE)
     assert read_json(dst / "generation_config.json") == {**read_json(src / "generation_config.json"), "max_length": 256}
+
+
+def save_decoder_alone(tensors):
+    del tensors["lm_head.weight"]
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def store_frequencies(tensors):
+    """As checkpoints of transformers 4 did."""
+    for layer in range(4):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+
+def store_another_part(tensors):
+    tensors["value_head.weight"] = torch.ones(1, 32)
+
+
+def drop_tied_head(tensors):
+    del tensors["lm_head.weight"]
+
+
+@pytest.mark.parametrize("edit", [save_decoder_alone, store_frequencies, store_another_part, drop_tied_head])
+def test_tensors_more_or_less_than_the_model_has_are_carried_over(src, tmp_path, edit):
+    other = tmp_path / "other"
+    shutil.copytree(src, other)
+    rewrite(other, edit)
+    edit_json(other / "config.json", tie_word_embeddings=edit is drop_tied_head)
+    extend_checkpoint(other, tmp_path / "dst", ROPE)
+    before, after = stored(other), stored(tmp_path / "dst")
+    assert list(before) == list(after) and all(same_bits(before[name][1], after[name][1]) for name in before)
+    if edit is not save_decoder_alone:
+        extend_checkpoint(other, tmp_path / "tokens", TOKENS)
+        assert stored(tmp_path / "tokens")[INPUT][1].shape[0] == 69
