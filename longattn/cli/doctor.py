@@ -45,8 +45,8 @@ def doctor(
         return
     console = Console()
     versions = Table("what", "found", title="This installation")
-    for name, found in facts.items():
-        versions.add_row(name, str(found))
+    for name, found in _described(facts).items():
+        versions.add_row(name, found)
     served = Table("op", "device", "dtypes", "path", "why", title="What serves each op")
     for (op, device, path, reason), dtypes in _by_path(paths).items():
         served.add_row(op, device, ", ".join(dtypes), path, reason)
@@ -80,35 +80,46 @@ def _by_kind(families: list[dict[str, str]]) -> dict[tuple[str, str], list[str]]
     return rows
 
 
-def _facts() -> dict[str, str]:
-    info = longattn.build_info()
-    built: dict[str, Any] = info["built"] or {}
-    if info["error"]:
-        compiled = f"the compiled module does not load: {info['error']}"
-    elif not info["compiled"]:
-        compiled = f"nothing: {info['reason']}"
-    else:
-        compiled = f"with {built['compiler']} against torch {built['torch']}"
+def _facts() -> dict[str, Any]:
+    """What is installed, and what this machine has; keys and values for programs."""
     return {
-        "longattn": info["longattn"],
-        "python": info["python"],
-        "torch": info["torch"],
-        "transformers": info["transformers"] or "not installed",
-        "compiled": compiled,
-        "for the CPU": built.get("cpu") or "no",
-        "for CUDA": built.get("cuda") or f"no: {info['no_cuda']}",
-        "C++ compiler here": _version_line(os.environ.get("CXX", "c++")),
-        "nvcc here": _version_line("nvcc"),
-        "threads": str(torch.get_num_threads()),
-        "GPUs": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
+        **longattn.build_info(),
+        "cxx": _version_line(os.environ.get("CXX", "c++")),
+        "nvcc": _version_line("nvcc"),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())],
     }
 
 
-def _version_line(command: str) -> str:
-    """The line of a compiler's --version that has its version."""
+def _described(facts: dict[str, Any]) -> dict[str, str]:
+    """The same for people."""
+    built: dict[str, Any] = facts["built"] or {}
+    if facts["error"]:
+        compiled = f"the compiled module does not load: {facts['error']}"
+    elif not facts["compiled"]:
+        compiled = f"nothing: {facts['reason']}"
+    else:
+        compiled = f"with {built['compiler']} against torch {built['torch']}"
+    return {
+        "longattn": facts["longattn"],
+        "python": facts["python"],
+        "torch": facts["torch"],
+        "transformers": facts["transformers"] or "not installed",
+        "compiled": compiled,
+        "for the CPU": built.get("cpu") or "no",
+        "for CUDA": built.get("cuda") or f"no: {facts['no_cuda']}",
+        "C++ compiler here": facts["cxx"] or "not found",
+        "nvcc here": facts["nvcc"] or "not found",
+        "threads": str(facts["threads"]),
+        "GPUs": ", ".join(facts["gpus"]) or "none",
+    }
+
+
+def _version_line(command: str) -> str | None:
+    """The line of a compiler's --version that has its version; None where there is no such compiler."""
     program = shlex.split(command)
     if not program or shutil.which(program[0]) is None:
-        return "not found"
+        return None
     output = subprocess.run([*program, "--version"], capture_output=True, text=True).stdout.splitlines()
     return next((line for line in output if "release" in line), output[0] if output else "no version given")
 
