@@ -6,6 +6,7 @@ The formulas of each rope type are in `rope_types.py`, reading and checking thei
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -154,10 +155,11 @@ def rope_cos_sin(
         raise TypeError(f"rope_cos_sin: dtype must be floating point, got {dtype}")
     if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, int | float | torch.SymFloat):
         raise TypeError(f"rope_cos_sin: attention_scaling must be a number, got {attention_scaling!r}")
-    if not abs(attention_scaling) < math.inf:
+    if not abs(attention_scaling) <= sys.float_info.max:
         raise ValueError(f"rope_cos_sin: attention_scaling must be finite, got {attention_scaling!r}")
     phases = positions.to(torch.float64).unsqueeze(-1) * inv_freq.to(torch.float64)  # (*positions.shape, d/2)
-    return (phases.cos() * attention_scaling).to(dtype), (phases.sin() * attention_scaling).to(dtype)
+    scaling = 1.0 * attention_scaling
+    return (phases.cos() * scaling).to(dtype), (phases.sin() * scaling).to(dtype)
 
 
 def rope_layers(rope_parameters: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:

@@ -24,7 +24,7 @@ def check_count(op: str, name: str, count: object) -> None:
     """Check that a number of tokens is an int that positions can be added to."""
     if not is_int(count):
         raise TypeError(f"{op}: {name} must be an int, got {count!r}")
-    if count > MAX_TOKENS:  # type: ignore[operator]
+    if abs(count) > MAX_TOKENS:  # type: ignore[arg-type]
         raise ValueError(f"{op}: {name} must be at most 2^60 tokens, got {count}")
 
 
