@@ -15,9 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 import longattn
