@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "cwm": dict(head_dim=8, rope_parameters=LLAMA3, **ALTERNATING),
     "ernie4_5": dict(head_dim=8),
     "gemma": dict(head_dim=16),
-    "gemma2": dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **ALTERNATING),
-    "gemma3_text": dict(head_dim=16, query_pre_attn_scalar=16, **ALTERNATING),
+    "gemma2": dict(head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, **ALTERNATING),
+    "gemma3_text": dict(head_dim=16, query_pre_attn_scalar=24, **ALTERNATING),
     "glm": dict(head_dim=8),
     "glm4": dict(head_dim=8),
     "gpt_neox": dict(num_key_value_heads=None, rotary_pct=0.5),
@@ -143,7 +144,9 @@ def score_mask(pattern: Pattern, batch: int, length: int, dtype: torch.dtype, **
 def under_eager(model: PreTrainedModel, patterns: Sequence[Pattern]) -> PreTrainedModel:
     """A copy of an extended model whose layers attend by stock eager attention; masks come from `masked`."""
     stock = copy.deepcopy(model)
-    stock.set_attn_implementation("eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # longattn says that its patterns are left out
+        stock.set_attn_implementation("eager")
     stock.reference_patterns = list(patterns)
     return stock
 

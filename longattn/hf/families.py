@@ -63,7 +63,7 @@ class Family:
             )
         if not set(layer_types or ()) <= SERVED_LAYERS:
             raise ValueError(
-                f"extend: layer_types must be full_attention or sliding_attention, got {sorted(set(layer_types))}"
+                f"extend: layer_types must be full_attention or sliding_attention, got {sorted(set(layer_types or ()))}"
             )
         two_way = getattr(config, "use_bidirectional_attention", None)
         if two_way or not getattr(config, "is_causal", True):
