@@ -16,30 +16,34 @@ namespace longattn::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-template <typename Type_, int kD_, int kBlockN_, int kRowBlocks_>
+// Which tile a block computes, and the key tiles it walks; in shared memory, as registers are scarce.
+struct BlockPlan {
+  int batch, head, kv_head, first_query;
+  HeadRows key, value;
+  KeyTiles tiles;
+};
+
+// kBlocks is how many blocks of a multiprocessor must find registers.
+template <typename Type_, int kD_, int kBlockN_, int kRowBlocks_, int kBlocks_>
 struct ForwardTraits {
   using Type = Type_;
-  static constexpr int kD = kD_, kBlockN = kBlockN_, kRowBlocks = kRowBlocks_;
+  static constexpr int kD = kD_, kBlockN = kBlockN_, kRowBlocks = kRowBlocks_, kBlocks = kBlocks_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kRowBlocks, kBlockM = kWarps * kWarpRows;
   static constexpr int kKeyBytes = kBlockN * kD * 2, kQueryBytes = kBlockM * kD * 2;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes + kBlockM * static_cast<int>(sizeof(VisibleKeys));
+  static constexpr int kVisibleBytes = kBlockM * static_cast<int>(sizeof(VisibleKeys));
+  static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes + kVisibleBytes + static_cast<int>(sizeof(BlockPlan));
   static_assert(kBlockN % 32 == 0, "edge masks are words of 32 keys");
   static_assert(kSharedBytes <= 99 * 1024, "the least that a device of these families has");
 };
 
-// Which tile a block computes. Heads that share keys are neighbours, and late queries, whose causal rows are the
-// longest, come first.
-struct BlockPlace {
-  int batch, head, kv_head, first_query;
-};
-
+// Heads that share keys are neighbours, and late queries, whose causal rows are the longest, come first.
 template <int kBlockM>
-__device__ __forceinline__ BlockPlace block_place(const AttentionParams& p) {
+__device__ __forceinline__ BlockPlan block_plan(const AttentionParams& p) {
   const int ratio = p.heads / p.kv_heads, tiles = (p.rows.num_queries + kBlockM - 1) / kBlockM;
   const int tile_of_group = static_cast<int>(blockIdx.x) / ratio, group = tile_of_group / tiles;
   const int kv_head = group % p.kv_heads, head = kv_head * ratio + static_cast<int>(blockIdx.x) % ratio;
-  return {group / p.kv_heads, head, kv_head, (tiles - 1 - tile_of_group % tiles) * kBlockM};
+  return {group / p.kv_heads, head, kv_head, (tiles - 1 - tile_of_group % tiles) * kBlockM, {}, {}, {}};
 }
 
 __device__ __forceinline__ RowBand row_band(const AttentionParams& p, int batch, int head) {
@@ -64,9 +68,9 @@ struct Logits {
       factor = p.scale > 0 ? p.scale * kLog2E : kLog2E;
     }
   }
-  __device__ __forceinline__ float apply(float x) const {
-    if (kind == kScaled) return inner * x;
-    // tanh by the two fast instructions that it takes: the absolute error is that of float32.
+  __device__ __forceinline__ float scaled(float x) const { return inner * x; }
+  // tanh by the two fast instructions that it takes: the absolute error is that of float32.
+  __device__ __forceinline__ float capped(float x) const {
     return 1.0f - simt::divide_fast(2.0f, 1.0f + simt::exp2_fast(fminf(2.0f * kLog2E * inner * x, 64.0f)));
   }
 };
@@ -80,12 +84,13 @@ struct ForwardWarp {
   float out[kRowBlocks][kD / 8][4];
   float maximum[kRowBlocks][2], sum[kRowBlocks][2];  // of this lane's rows; sum of its own columns only
   float s[kRowBlocks][kBlockN / 8][4];
-  FragmentAddress<kD> query, key, value;
+  FragmentAddress<kD> query, key;
+  uint32_t to_value;  // from a fragment of the warp's rows of Q to that of the same place in V
 
   __device__ __forceinline__ ForwardWarp(unsigned char* q, unsigned char* k, unsigned char* v, int warp, int lane)
       : query(simt::smem_address(q), warp * Traits::kWarpRows + lane % 16, lane / 16),
         key(simt::smem_address(k), lane % 8 + lane / 16 * 8, lane / 8 % 2),
-        value(simt::smem_address(v), lane % 16, lane / 16) {
+        to_value(static_cast<uint32_t>(v - q) - warp * Traits::kWarpRows * TileLayout<kD>::kRowBytes) {
 #pragma unroll
     for (int r = 0; r < kRowBlocks; ++r) {
 #pragma unroll
@@ -102,12 +107,6 @@ struct ForwardWarp {
 
   __device__ __forceinline__ void multiply_keys() {
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[r][n][i] = 0.0f;
-#pragma unroll
     for (int c = 0; c < kD / 16; ++c) {
       uint32_t a[kRowBlocks][4];
 #pragma unroll
@@ -118,20 +117,26 @@ struct ForwardWarp {
         simt::ldmatrix_x4(b, key.at(c, 16 * n));
 #pragma unroll
         for (int r = 0; r < kRowBlocks; ++r) {
-          simt::mma_m16n8k16(Type, s[r][2 * n], a[r], b[0], b[1]);
-          simt::mma_m16n8k16(Type, s[r][2 * n + 1], a[r], b[2], b[3]);
+          if (c == 0) {
+            simt::mma_set(Type, s[r][2 * n], a[r], b[0], b[1]);
+            simt::mma_set(Type, s[r][2 * n + 1], a[r], b[2], b[3]);
+          } else {
+            simt::mma_add(Type, s[r][2 * n], a[r], b[0], b[1]);
+            simt::mma_add(Type, s[r][2 * n + 1], a[r], b[2], b[3]);
+          }
         }
       }
     }
   }
 
+  template <bool kCapped>
   __device__ __forceinline__ void form_logits(const Logits& logits) {
 #pragma unroll
     for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[r][n][i] = logits.apply(s[r][n][i]);
+        for (int i = 0; i < 4; ++i) s[r][n][i] = kCapped ? logits.capped(s[r][n][i]) : logits.scaled(s[r][n][i]);
   }
 
   // `visible` holds what the warp's rows see.
@@ -200,11 +205,11 @@ struct ForwardWarp {
 #pragma unroll
       for (int c = 0; c < kD / 16; ++c) {
         uint32_t b[4];
-        simt::ldmatrix_x4_trans(b, value.at(c, 16 * n));
+        simt::ldmatrix_x4_trans(b, query.at(c, 16 * n) + to_value);
 #pragma unroll
         for (int r = 0; r < kRowBlocks; ++r) {
-          simt::mma_m16n8k16(Type, out[r][2 * c], a[r], b[0], b[1]);
-          simt::mma_m16n8k16(Type, out[r][2 * c + 1], a[r], b[2], b[3]);
+          simt::mma_add(Type, out[r][2 * c], a[r], b[0], b[1]);
+          simt::mma_add(Type, out[r][2 * c + 1], a[r], b[2], b[3]);
         }
       }
     }
@@ -236,70 +241,82 @@ struct ForwardWarp {
   }
 };
 
+// What the rows of a warp see, from its first and last; both lie in shared memory.
+struct WarpKeys {
+  const VisibleKeys &first, &last;
+  __device__ __forceinline__ bool seen(int begin, int end) const {
+    return Range{first.band.begin, last.band.end}.meets(begin, end) || first.sinks.meets(begin, end);
+  }
+  __device__ __forceinline__ bool interior(int begin, int end) const {
+    return Range{last.band.begin, first.band.end}.covers(begin, end);
+  }
+};
+
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) window_attn_fwd(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    window_attn_fwd(const __grid_constant__ AttentionParams p) {
   constexpr int kD = Traits::kD, kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kThreads = Traits::kThreads;
   SIMT_SHARED(shared);
   unsigned char *query_tile = shared, *key_tile = query_tile + Traits::kQueryBytes;
   unsigned char* value_tile = key_tile + Traits::kKeyBytes;
   VisibleKeys* visible = reinterpret_cast<VisibleKeys*>(value_tile + Traits::kKeyBytes);
-
-  const BlockPlace place = block_place<kBlockM>(p);
-  const int num_queries = p.rows.num_queries, num_keys = p.rows.num_keys;
-  const HeadRows query = head_rows(p.query, place.batch, place.head, num_queries, p.head_dim, p.aligned);
-  const HeadRows key = head_rows(p.key, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
-  const HeadRows value = head_rows(p.value, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
+  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(visible + kBlockM);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_row = warp * Traits::kWarpRows;
+  const int num_queries = p.rows.num_queries, num_keys = p.rows.num_keys;
+  BlockPlan place = block_plan<kBlockM>(p);
   const int rows = smaller(num_queries - place.first_query, kBlockM);
   const RowBand band = row_band(p, place.batch, place.head);
   for (int r = thread; r < kBlockM; r += kThreads) visible[r] = band.keys(place.first_query + smaller(r, rows - 1));
   __syncthreads();
-  const KeyTiles tiles = RowBand::tiles_of(visible[0], visible[rows - 1], p.rows.sinks > 0, kBlockN);
-  const VisibleKeys first = visible[warp_row], last = visible[warp_row + Traits::kWarpRows - 1];
-  const Range hull{first.band.begin, last.band.end}, common{last.band.begin, first.band.end};
-
-  const Logits logits(p);
-  ForwardWarp<Traits> state(query_tile, key_tile, value_tile, warp, lane);
-  const int count = tiles.count();
+  place.tiles = RowBand::tiles_of(visible[0], visible[rows - 1], p.rows.sinks > 0, kBlockN);
+  place.key = head_rows(p.key, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
+  place.value = head_rows(p.value, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
+  if (thread == 0) plan = place;
+  const int count = place.tiles.count();
   if (count > 0) {
+    const HeadRows query = head_rows(p.query, place.batch, place.head, num_queries, p.head_dim, p.aligned);
     load_tile<kD, kBlockM, kThreads>(query_tile, query, place.first_query);
-    load_tile<kD, kBlockN, kThreads>(key_tile, key, tiles.begin(0));
+    load_tile<kD, kBlockN, kThreads>(key_tile, place.key, place.tiles.begin(0));
     simt::cp_async_commit();
   }
+  const bool real = warp_row < rows;  // else the whole warp only loads
+  const WarpKeys keys{visible[warp_row], visible[warp_row + Traits::kWarpRows - 1]};
+  const Logits logits(p);
+  ForwardWarp<Traits> state(query_tile, key_tile, value_tile, warp, lane);
+  __syncthreads();
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
-    const int begin = tiles.begin(t), end = begin + kBlockN;
-    const bool seen = warp_row < rows && (hull.meets(begin, end) || first.sinks.meets(begin, end));
+    const int begin = plan.tiles.begin(t), end = begin + kBlockN;
+    const bool seen = real && keys.seen(begin, end);
     simt::cp_async_wait<0>();
     __syncthreads();  // K of this tile is there, V of the last is done with
-    load_tile<kD, kBlockN, kThreads>(value_tile, value, begin);
+    load_tile<kD, kBlockN, kThreads>(value_tile, plan.value, begin);
     simt::cp_async_commit();
     if (seen) state.multiply_keys();
     simt::cp_async_wait<0>();
     __syncthreads();  // V is there, K is done with
     if (t + 1 < count) {
-      load_tile<kD, kBlockN, kThreads>(key_tile, key, tiles.begin(t + 1));
+      load_tile<kD, kBlockN, kThreads>(key_tile, plan.key, plan.tiles.begin(t + 1));
       simt::cp_async_commit();
     }
     if (!seen) continue;
-    if (logits.kind != Logits::kPlain) state.form_logits(logits);
-    if (!common.covers(begin, end)) state.mask(visible + warp_row, begin, lane);
+    if (logits.kind == Logits::kCapped) state.template form_logits<true>(logits);
+    if (logits.kind == Logits::kScaled) state.template form_logits<false>(logits);
+    if (!keys.interior(begin, end)) state.mask(visible + warp_row, begin, lane);
     state.exponentiate(logits.factor);
     state.multiply_values();
   }
-  if (warp_row >= rows) return;
+  if (!real) return;
 
-  const float sink = p.sink_logits ? p.sink_logits[place.head] * kLog2E : -INFINITY;
-  const int64_t lse_row = (static_cast<int64_t>(place.batch) * p.heads + place.head) * num_queries;
+  const int first = plan.first_query + warp_row;
+  const float sink = p.sink_logits ? p.sink_logits[plan.head] * kLog2E : -INFINITY;
+  float* lse = p.lse + (static_cast<int64_t>(plan.batch) * p.heads + plan.head) * num_queries + first;
   __syncwarp();  // all lanes have read their rows of Q, which are written over
-  state.finish(query_tile, warp_row, lane, logits.factor, sink, p.lse + lse_row + place.first_query + warp_row,
-               rows - warp_row);
+  state.finish(query_tile, warp_row, lane, logits.factor, sink, lse, num_queries - first);
   __syncwarp();
-  uint16_t* out =
-      static_cast<uint16_t*>(p.out.data) + place.batch * p.out.batch_stride + place.head * p.out.head_stride;
-  store_rows<kD, Traits::kWarpRows>(query_tile, warp_row, p.out, out, place.first_query + warp_row, num_queries,
-                                    p.head_dim, p.aligned);
+  uint16_t* out = static_cast<uint16_t*>(p.out.data) + plan.batch * p.out.batch_stride + plan.head * p.out.head_stride;
+  store_rows<kD, Traits::kWarpRows>(query_tile, warp_row, p.out, out, first, num_queries, p.head_dim, p.aligned);
 }
 
 template <class Traits>

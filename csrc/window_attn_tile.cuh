@@ -24,20 +24,20 @@ struct TileLayout {
   }
 };
 
-// One lane's addresses of ldmatrix: row `row` of a tile, chunk 2 i + `half` for the i-th 16 channels.
+// One lane's addresses of ldmatrix: row `row` of a tile, chunk 2 i + `half` for the i-th 16 channels. Tiles begin at
+// multiples of a run's bytes, so that the XOR may be applied to the address itself.
 template <int kD>
 struct FragmentAddress {
   using Layout = TileLayout<kD>;
-  static constexpr int kBases = Layout::kRun / 2;
-  uint32_t base[kBases];
+  static constexpr int kRunBytes = Layout::kRun * 16;
+  uint32_t base;
 
-  __device__ __forceinline__ FragmentAddress(uint32_t tile, int row, int half) {
-#pragma unroll
-    for (int i = 0; i < kBases; ++i) base[i] = tile + Layout::offset(row, 2 * i + half);
-  }
+  __device__ __forceinline__ FragmentAddress(uint32_t tile, int row, int half)
+      : base(tile + Layout::offset(row, half)) {}
   // `rows` further down, a multiple of 8.
   __device__ __forceinline__ uint32_t at(int channels16, int rows) const {
-    return base[channels16 % kBases] + (channels16 / kBases) * kBases * 32 + rows * Layout::kRowBytes;
+    const int bytes = channels16 * 32;
+    return (base ^ bytes % kRunBytes) + bytes / kRunBytes * kRunBytes + rows * Layout::kRowBytes;
   }
 };
 

@@ -38,7 +38,7 @@ struct Buffers {
 
 cudaError_t forward(const AttentionParams& p) {
 #ifdef DRIVER_D
-  return launch_forward<ForwardTraits<simt::Bf16, DRIVER_D, 64, 2>>(p, nullptr);
+  return launch_forward<ForwardTraits<simt::Bf16, DRIVER_D, 64, 2, 1>>(p, nullptr);
 #else
   return window_attn_forward(p, nullptr);
 #endif

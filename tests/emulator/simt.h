@@ -26,7 +26,8 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 
 #define ldmatrix_x4(fragment, address) load_matrices<false>(fragment, address, __LINE__)
 #define ldmatrix_x4_trans(fragment, address) load_matrices<true>(fragment, address, __LINE__)
-#define mma_m16n8k16(Type, sum, a, b0, b1) multiply<typename Type::Emulated>(sum, a, b0, b1, __LINE__)
+#define mma_add(Type, sum, a, b0, b1) multiply<typename Type::Emulated, true>(sum, a, b0, b1, __LINE__)
+#define mma_set(Type, sum, a, b0, b1) multiply<typename Type::Emulated, false>(sum, a, b0, b1, __LINE__)
 #define shfl_xor(value, mask) shuffle_xor(value, mask, __LINE__)
 #define any_lane(value) vote_any(value, __LINE__)
 

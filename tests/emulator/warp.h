@@ -96,7 +96,7 @@ void load_matrices(uint32_t (&fragment)[4], uint32_t address, int line) {
   });
 }
 
-template <typename Element>
+template <typename Element, bool kAdd>
 void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
   struct In {
     uint32_t a[4], b[2];
@@ -119,7 +119,8 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
         const float* column = right[2 * (lane % 4) + (i & 1)];
         float dot = 0.0f;
         for (int k = 0; k < 16; ++k) dot += row[k] * column[k];
-        static_cast<float*>(warp.out[lane])[i] += dot;
+        float& sum = static_cast<float*>(warp.out[lane])[i];
+        sum = kAdd ? sum + dot : dot;
       }
   });
 }
