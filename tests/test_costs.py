@@ -110,12 +110,13 @@ def test_activation_bytes_are_what_autograd_keeps(dtype, kv_heads):
     assert activation_bytes(decoder, 200) == pytest.approx(saved_bytes(model, 200), rel=0.01)
 
 
-def test_activation_bytes_hold_for_longattn_attention():
-    model = build("llama", torch.float32, hidden_size=64, intermediate_size=160)
+@pytest.mark.parametrize("family", ["llama", "arcee", "gpt_neox", "gemma"])
+def test_activation_bytes_hold_for_longattn_attention(family):
+    model = build(family, torch.float32, hidden_size=64, intermediate_size=160)
     longattn.extend(model, None, longattn.Plan(attention="window:16"))
     model.config.dtype = torch.float32
     claimed = structure_of(model.config, 200).costs.activation_bytes
-    assert claimed == pytest.approx(saved_bytes(model.train(), 200), rel=0.01)
+    assert claimed == pytest.approx(saved_bytes(model.train(), 200), rel=0.02)
 
 
 def test_activation_bytes_with_checkpointing_are_inputs_and_one_layer():

@@ -130,6 +130,18 @@ def test_phi3_keeps_its_original_length_in_both_places(tmp_path):
 
 
 @torch.no_grad()
+def test_phi3_generates_across_the_switch_of_its_tables():
+    model = build("phi3")
+    extend(model, None, Plan(rope={"factor": 2.0, "long_factor": [3.0, 5.0]}, attention="window:12+sinks:2, full"))
+    ids = tokens(1, 28)
+    greedy = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for cache in (None, "static"):
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, **greedy)
+        expected = [model(got[:, :end], use_cache=False).logits[0, -1].argmax() for end in range(28, 38)]
+        assert got[0, 28:].tolist() == [int(token) for token in expected]
+
+
+@torch.no_grad()
 def test_scaled_checkpoints_are_scaled_further():
     for family, rope in {"gpt_oss": dict(truncate=False), "cwm": LLAMA3}.items():
         model = build(family)

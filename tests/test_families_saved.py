@@ -111,3 +111,13 @@ def test_new_tokens_are_means_and_leave_the_old_ones(family):
     # logits of old tokens are those of before
     assert torch.equal(model(IDS % 60).logits[..., :60], stock(IDS % 60).logits[..., :60])
     assert model.config.vocab_size == 66
+
+
+@pytest.mark.parametrize(("family", "there"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")])
+def test_restore_takes_what_is_there_where_the_first_attention_is_not(family, there):
+    model = build(family)
+    extend(model, None, Plan(attention=ATTENTION))
+    model.config.longattn["original"]["attn_implementation"] = "flash_attention_2"  # of another machine
+    restore(model)
+    assert model.config._attn_implementation == there
+    assert bool(model(IDS).logits.isfinite().all())
