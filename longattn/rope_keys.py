@@ -92,8 +92,8 @@ def _rope_type(caller: str, parameters: Mapping[str, Any]) -> str:
         if scaling := sorted(SCALING_KEYS & parameters.keys()):
             raise ValueError(f"{caller}: rope_parameters has '{scaling[0]}' but no 'rope_type'")
         return "default"
-    name = TYPE_ALIASES.get(name, name)
-    if name not in REQUIRED_KEYS:
+    name = TYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in REQUIRED_KEYS:
         known = ", ".join(REQUIRED_KEYS)
         raise ValueError(f"{caller}: rope_type must be one of {known}, got '{name}'{nearest(str(name), REQUIRED_KEYS)}")
     return name

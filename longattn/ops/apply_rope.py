@@ -170,7 +170,8 @@ def _run(outs: Pair, inputs: Pair, cos: Tensor, sin: Tensor, interleaved: bool, 
     cos, sin = cos.to(compute), sin.to(compute)
     if dispatch.choose("apply_rope", *inputs, cos, sin, interleaved):
         if cos.stride(-1) != 1 or sin.stride(-1) != 1:  # every second column of an interleaved table of width D
-            cos, sin = cos.contiguous(), sin.contiguous()
+            # an empty table calls itself contiguous whatever its strides, and a clone's are new
+            cos, sin = (table.clone(memory_format=torch.contiguous_format) for table in (cos, sin))
         torch.ops.longattn._rope_fwd.default(*inputs, cos, sin, interleaved, inverse, *outs)
         return outs
     if inverse:
