@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -58,14 +59,14 @@ def run_page(page: Path, folder: Path) -> None:
 
 
 def _run_here(page: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    module = sys.modules["page"] = ModuleType("page")  # dataclasses look for the module that they are defined in
     printed = None
     for block in blocks(page):
         place = f"{page.name}, line {block.line}"
         if block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 # blank lines in front, so that a traceback shows the page's own lines
-                exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+                exec(compile("\n" * block.line + block.code, str(page), "exec"), vars(module))
             printed = output.getvalue()
         elif block.language == "bash":
             printed = run_bash(block.code, Path.cwd())
