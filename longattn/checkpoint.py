@@ -199,6 +199,8 @@ class _Changed:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / path, target)
+        if self.stock is not None and self.tokenizer is None:
+            self.stock.settle_tokenizer(folder, self.source)
         tokenizer_config = folder / TOKENIZER_CONFIG
         if self.tokenizer is None and self.new_length is not None and tokenizer_config.is_file():
             fields = {**read_json(tokenizer_config), "model_max_length": self.new_length}

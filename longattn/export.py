@@ -70,6 +70,16 @@ class StockConfig:
         text = json.dumps(self.fields, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
+    def settle_tokenizer(self, folder: Path, source: Path) -> None:
+        """Save the tokenizer anew where it reads text otherwise under the new architecture.
+
+        transformers chooses its class by `model_type`: what is a LlamaTokenizer beside a Llama is read from
+        tokenizer.json alone beside a Mistral.
+        """
+        before = _tokenizer_of(source)
+        if before is not None and not _same_tokens(before, _tokenizer_of(folder)):
+            before.save_pretrained(folder)
+
     def check(self, folder: Path, source: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Read a written checkpoint back: its config, and its tokenizer beside the one that it was made of.
 
@@ -86,8 +96,7 @@ class StockConfig:
         before = tokenizer or _tokenizer_of(source)
         if before is None:
             return
-        after = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if before.get_vocab() != after.get_vocab() or before(PROBE)["input_ids"] != after(PROBE)["input_ids"]:
+        if not _same_tokens(before, _tokenizer_of(folder)):
             raise RuntimeError(
                 f"export: under model_type {read.model_type!r} the tokenizer reads text otherwise than it did"
             )
@@ -167,6 +176,12 @@ def _tokenizer_of(source: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # the tokenizers library raises nothing more special
         return None
+
+
+def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None) -> bool:
+    if other is None:
+        return False
+    return one.get_vocab() == other.get_vocab() and one(PROBE)["input_ids"] == other(PROBE)["input_ids"]
 
 
 def _read(fields: dict[str, Any]) -> PreTrainedConfig:

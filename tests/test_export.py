@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import digests, read_json, same_bits, stored, write_checkpoint
 from stock_process import assert_same_model, run_without_longattn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 import longattn
 from longattn.checkpoint import extend_checkpoint, preview_checkpoint
@@ -167,3 +167,23 @@ def test_exported_checkpoint_is_extended_again(folders, tmp_path):
     assert (config.max_position_embeddings, config.rope_parameters["factor"], config.sliding_window) == (512, 8.0, 8)
     fields = read_json(tmp_path / "dst" / "config.json")
     assert fields["rope_scaling"]["factor"] == 8.0
+
+
+VOCAB = ["<unk>", "<s>", "</s>", "▁", "h", "e", "l", "o", "▁h", "he", "ll", "llo", "▁he", "▁hello"]
+MERGES = [("▁", "h"), ("l", "l"), ("ll", "o"), ("▁h", "e"), ("▁he", "llo")]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokenizer_of_llama_reads_the_same_beside_a_mistral(tmp_path, legacy):
+    """Without care it does not: a Mistral's is read from tokenizer.json alone, which says otherwise of legacy ones."""
+    src = write_checkpoint(tmp_path / "src")
+    ids = {token: i for i, token in enumerate(VOCAB)}
+    LlamaTokenizer(vocab=ids, merges=MERGES, legacy=legacy, model_max_length=64).save_pretrained(src)
+    plan = longattn.Plan(rope=YARN, attention="window:8")
+    extend_checkpoint(src, tmp_path / "dst", plan, export="stock")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / which) for which in ("src", "dst"))
+    assert type(before) is LlamaTokenizer
+    for text in ("hello hello", "hello<s>hello", " hello\nhello </s> hello"):
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+        assert after.decode(after(text)["input_ids"]) == before.decode(before(text)["input_ids"])
+    assert (before.model_max_length, after.model_max_length) == (64, 256)
