@@ -164,6 +164,12 @@ def test_context_alone_serves_where_every_layer_that_rotates_is_bounded():
     assert [layer.rope_type for layer in structure_of(model.config, 64).layers] == ["default", "none", *["default"] * 2]
 
 
+def test_a_rope_that_no_layer_turns_by_is_refused():
+    model = build("gemma3_text", layer_types=["sliding_attention"] * 4)
+    with pytest.raises(ValueError, match="rope changes 'full_attention', but no layer of the model is of that type"):
+        extend(model, None, Plan(rope=YARN))
+
+
 def test_two_way_attention_is_refused():
     for family in ("gemma2", "gemma3_text"):
         with pytest.raises(ValueError, match="use_bidirectional_attention True"):

@@ -64,6 +64,9 @@ def rope_fields(config: PreTrainedConfig, family: Family, change: RopeChange) ->
                 f"extend: rope[{layer_type!r}]['truncate'] must be true, got False: transformers reads it beside the "
                 "layer types, for all of them"
             )
+        if layer_type is not None and layer_type not in config.layer_types:
+            if parameters != config.rope_parameters[layer_type]:
+                raise ValueError(f"extend: rope changes {layer_type!r}, but no layer of the model is of that type")
         if layer_type is None and ORIGINAL in parameters and hasattr(config, ORIGINAL):
             fields[ORIGINAL] = parameters[ORIGINAL]  # Phi-3's configs keep it beside `rope_parameters` too
     if getattr(config, "head_dim", 0) is None:
