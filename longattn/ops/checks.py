@@ -12,7 +12,7 @@ __all__ = ["check_attention", "check_count", "check_row_values", "check_rows", "
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = 2**60  # a position and a window, or a group and its shift, add up within int64
-MAX_SOFTCAP = 1e30  # it and its inverse are float32 numbers
+MAX_FACTOR = 1e30  # a scale or a soft cap: float32 holds it, its inverse, and its product with logits
 
 
 def is_int(value: object) -> bool:
@@ -77,11 +77,11 @@ def check_attention(
         raise ValueError(f"{op}: query must have a multiple of key's {kv_heads} heads, got {heads}")
     if query.shape[3] < 1:
         raise ValueError(f"{op}: head_dim must be at least 1, got 0")
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    if not abs(scale) <= MAX_FACTOR:
+        raise ValueError(f"{op}: scale must be a number from -1e30 to 1e30, got {scale}")
     if not softcap >= 0:
         raise ValueError(f"{op}: softcap must be >= 0 (0 is off), got {softcap}")
-    if softcap and not 1 / MAX_SOFTCAP <= softcap <= MAX_SOFTCAP:
+    if softcap and not 1 / MAX_FACTOR <= softcap <= MAX_FACTOR:
         raise ValueError(f"{op}: softcap must be 0 (off) or from 1e-30 to 1e30, got {softcap}")
     if not is_int(sink_tokens) or sink_tokens < 0:
         raise ValueError(f"{op}: sink_tokens must be an int >= 0, got {sink_tokens!r}")

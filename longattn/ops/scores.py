@@ -70,8 +70,8 @@ def reads_values(device: torch.device) -> bool:
 
 
 def is_fused(query: Tensor, job: Job) -> bool:
-    """Whether PyTorch's own fused CPU attention serves the tiles; it has no soft cap."""
-    return query.device.type == "cpu" and not job.softcap
+    """Whether PyTorch's own fused CPU attention serves the tiles; it has no soft cap, and scales its mask of -inf."""
+    return query.device.type == "cpu" and not job.softcap and job.scale > 0
 
 
 def narrow_rows(run: Run) -> int:
