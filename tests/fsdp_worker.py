@@ -100,6 +100,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         model.save_pretrained(folder / "model", state_dict=state)
         (folder / "report.json").write_text(json.dumps(report))
+    dist.barrier()  # a rank that leaves while another still works may abort
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def test_every_decoder_of_transformers_is_served_or_refused_with_a_reason(model_
 def test_tables_name_what_transformers_has():
     refused = {name for names in NOT_SERVED.values() for name in names.split()}
     assert not FAMILIES.keys() & (refused | NOT_HOOKED) and not refused & NOT_HOOKED
-    assert refused | NOT_HOOKED | FAMILIES.keys() <= set(CONFIG_MAPPING.keys())
+    since_the_oldest = {"bailing_hybrid", "mistral_large4"}  # came after the oldest transformers that is served
+    assert (refused | NOT_HOOKED | FAMILIES.keys()) - since_the_oldest <= set(CONFIG_MAPPING.keys())
     assert set(ALL_FAMILIES) == FAMILIES.keys()
     unhooked = {name for name in CAUSAL if "ALL_ATTENTION_FUNCTIONS" not in modelling_source(name)}
     encoders = {"mvp", "prophetnet"}

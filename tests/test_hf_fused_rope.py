@@ -139,7 +139,8 @@ def test_layer_types_follow_their_own_lengths(rope_type):
     stock, fused = both("gemma3_text", max_position_embeddings=32, rope_parameters=ropes)
     for length in (12, 40, 70, 20):
         ids = tokens(1, length)
-        assert relative(fused(ids).logits, stock(ids).logits) < NEAR_RTOL, length
+        fresh = copy.deepcopy(stock)  # transformers before 5.21 runs one long text only with longrope in a layer type
+        assert relative(fused(ids).logits, fresh(ids).logits) < NEAR_RTOL, length
 
 
 def test_every_stock_rope_type_is_compared():

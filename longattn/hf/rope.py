@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +23,8 @@ __all__ = [
     "rotary_modules",
 ]
 
+# before, transformers looked for the long frequencies of a layer type that it had not formed anew
+LAYERED_LONGROPE = Version(transformers.__version__) >= Version("5.21.0")
 # transformers forms the frequencies in float32; a wrong method, factor or theta is off by far more than its rounding
 FREQUENCY_RTOL = 1e-5
 
@@ -63,6 +67,11 @@ def rope_fields(config: PreTrainedConfig, family: Family, change: RopeChange) ->
             raise ValueError(
                 f"extend: rope[{layer_type!r}]['truncate'] must be true, got False: transformers reads it beside the "
                 "layer types, for all of them"
+            )
+        if layer_type is not None and parameters["rope_type"] == "longrope" and not LAYERED_LONGROPE:
+            raise ValueError(
+                f"extend: rope[{layer_type!r}]['rope_type'] longrope needs transformers 5.21, got "
+                f"{transformers.__version__}, which fails on the second long text"
             )
         if layer_type is not None and layer_type not in config.layer_types:
             if parameters != config.rope_parameters[layer_type]:
