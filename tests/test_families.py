@@ -69,6 +69,26 @@ def test_own_patterns_are_those_of_eager_attention(family):
 
 @families
 @torch.no_grad()
+def test_without_a_plan_the_model_is_served_as_it_is(family):
+    model, stock = build(family), build(family)
+    model.set_attn_implementation("longattn")
+    stock.set_attn_implementation("eager")
+    length = 30 if family == "phi3" else LENGTH  # beyond 32 tokens Phi-3 turns by another table than its cached keys
+    ids = tokens(2, length)
+    mask, positions, real = left_padded(length)
+    # eager attention gives NaN for padding in float64
+    expected = torch.cat([stock(ids[:1]).logits[0], stock(ids[1:, 7:]).logits[0]])
+    assert_agree(model(ids, attention_mask=mask, position_ids=positions).logits[real], expected, "prefill")
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=length)):
+        logits = []
+        for start, end in ((0, 15), (15, 16), (16, 24), *((i, i + 1) for i in range(24, length))):
+            part = dict(attention_mask=mask[:, :end], position_ids=positions[:, start:end])
+            logits.append(model(ids[:, start:end], past_key_values=cache, **part).logits)
+        assert_agree(torch.cat(logits, 1)[real], expected, type(cache).__name__)
+
+
+@families
+@torch.no_grad()
 def test_changed_structure_is_that_of_dense_masks(family):
     model, dense = changed(family)
     ids = tokens(2, LENGTH)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import build, tokens
+from hf_models import SIZES, build, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 import longattn
 from longattn.hf.attention import longattn_attention
@@ -112,11 +119,11 @@ def test_cu_seq_lens_of_several_rows_are_refused(model):
         model(tokens(1, 5), cu_seq_lens_q=borders, cu_seq_lens_k=borders[:2], use_cache=False)
 
 
-def test_attention_without_a_plan_is_refused():
-    model = build("llama")
-    model.set_attn_implementation("longattn")
-    with pytest.raises(ValueError, match="config.longattn has no patterns"):
-        model(tokens(1, 4))
+def test_attention_without_a_plan_of_a_family_that_is_not_served_is_refused():
+    config = LlamaConfig(**SIZES, attn_implementation="longattn")
+    config.model_type = "another"
+    with pytest.raises(ValueError, match="model_type 'another' is not served"):
+        LlamaForCausalLM(config)(tokens(1, 4))
 
 
 def test_two_way_attention_is_refused(model):

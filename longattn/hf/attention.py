@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
 from longattn.hf.caches import band_layer_of
-from longattn.hf.families import config_of, layer_of
+from longattn.hf.families import config_of, family_of, layer_of
 from longattn.hf.masks import check_no_restart, packed_cu_seqlens, padding_of, row_bounds
 from longattn.pattern import Pattern
 
@@ -78,17 +78,18 @@ def longattn_attention(
 
 
 def pattern_now(module: nn.Module) -> Pattern:
-    """The pattern of an attention module: the training one in training outside `generate`, else the serving one."""
-    record = getattr(config_of(module), "longattn", None)
+    """The pattern of an attention module: the training one in training outside `generate`, else the serving one.
+
+    Without a plan it is the model's own, so that `attn_implementation="longattn"` serves an unchanged model.
+    """
+    config, layer = config_of(module), layer_of(module)
+    record = getattr(config, "longattn", None)
     if not record or "attention" not in record:
-        raise ValueError(
-            "longattn: attn_implementation is 'longattn', but config.longattn has no patterns; longattn.extend with an "
-            "attention part writes them"
-        )
+        return family_of(config).patterns_of(config)[layer]
     layers = record["attention"]
     if module.training and record["train_attention"] != layers and not _inside_generate():
         layers = record["train_attention"]
-    return Pattern(**layers[layer_of(module)])
+    return Pattern(**layers[layer])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
-from longattn.hf.record import IMPLEMENTATION, layer_patterns
+from longattn.hf.families import serving_patterns
+from longattn.hf.record import IMPLEMENTATION
 from longattn.pattern import Pattern
 
 __all__ = ["BandLayer", "band_layer_of", "register_caches"]
@@ -37,6 +38,8 @@ class BandLayer(DynamicLayer):
         pattern: what the layer sees when the model serves.
     """
 
+    keys: Tensor  # (B, Hkv, held, D) once it is initialized
+    values: Tensor
     is_sliding = True  # transformers then leaves it where it is when it offloads the layers that grow
 
     def __init__(self, pattern: Pattern) -> None:
@@ -162,7 +165,7 @@ class BandLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows; what is dropped waits for the next forward, which says where they begin."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.knows_starts = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -212,14 +215,15 @@ def register_caches() -> None:
     """Have the caches that transformers forms for a changed model hold what its patterns see, and no more.
 
     Models and `generate` form a `DynamicCache` or a `StaticCache` from the config, whose fields can say neither sinks
-    nor a window of each layer's own. Configs without patterns, and caches that are given tensors, stay as they are.
+    nor a window of each layer's own. Caches of other attention implementations, and those that are given tensors, stay
+    as they are.
     """
     for cache, layer_of in ((DynamicCache, _growing_layer), (StaticCache, _static_layer)):
         _replace_layers(cache, layer_of)
 
 
-def _replace_layers(cache: type, layer_of: Any) -> None:
-    stock = cache.__init__  # type: ignore[misc]
+def _replace_layers(cache: Any, layer_of: Any) -> None:
+    stock = cache.__init__
     if getattr(stock, "asks_longattn", False):
         return
 
@@ -230,13 +234,12 @@ def _replace_layers(cache: type, layer_of: Any) -> None:
         if config is None or type(self) is not cache or any(layer.is_initialized for layer in self.layers):
             return
         config = config.get_text_config(decoder=True)
-        patterns = layer_patterns(config)
-        if patterns is not None and config._attn_implementation == IMPLEMENTATION:
+        if config._attn_implementation == IMPLEMENTATION:
             length = kwargs.get("max_cache_len", next((a for a in args if isinstance(a, int)), None))
-            self.layers = [layer_of(pattern, length) for pattern in patterns]
+            self.layers = [layer_of(pattern, length) for pattern in serving_patterns(config)]
 
     init.asks_longattn = True  # type: ignore[attr-defined]
-    cache.__init__ = init  # type: ignore[misc]
+    cache.__init__ = init
 
 
 def _growing_layer(pattern: Pattern, length: int | None) -> CacheLayerMixin:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedConfig
 
+from longattn.hf.record import layer_patterns
 from longattn.pattern import Pattern
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "kv_heads_of",
     "layer_of",
     "refusal_of",
+    "serving_patterns",
 ]
 
 WINDOWED = "sliding_attention"
@@ -154,6 +156,20 @@ def family_of(config: PreTrainedConfig) -> Family:
         f"extend: model_type {config.model_type!r} is not served: {refusal_of(config)}; served are "
         f"{', '.join(sorted(FAMILIES))}"
     )
+
+
+def serving_patterns(config: PreTrainedConfig) -> list[Pattern]:
+    """Each layer's pattern as a plan has set it, else the model's own.
+
+    Raises:
+        ValueError: there is no plan, and the family is not served.
+    """
+    recorded = layer_patterns(config)
+    if recorded is not None:
+        return recorded
+    family = family_of(config)
+    family.check(config)
+    return family.patterns_of(config)
 
 
 # Architectures whose attention transformers' AttentionInterface does not reach.

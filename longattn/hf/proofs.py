@@ -96,7 +96,7 @@ def _check_hook(model: PreTrainedModel) -> None:
 
 def _check_caches(model: PreTrainedModel, patterns: Sequence[Pattern]) -> None:
     for layer, (pattern, slots) in enumerate(zip(patterns, DynamicCache(config=model.config).layers, strict=True)):
-        served = slots.pattern == pattern if isinstance(slots, BandLayer) else not slots.is_sliding
+        served = slots.pattern == pattern if isinstance(slots, BandLayer) else not getattr(slots, "is_sliding", False)
         if not served:
             raise RuntimeError(f"extend: layer {layer} sees {pattern}, but {type(slots).__name__} would cache its keys")
 
