@@ -20,4 +20,6 @@ html_show_sourcelink = False
 myst_heading_anchors = 3
 napoleon_custom_sections = [("Reference", "References")]
 autodoc_member_order = "bysource"
+default_role = "literal"  # what docstrings set in single backticks
+python_maximum_signature_line_length = 88
 autodoc_typehints = "none"  # the docstrings give shapes, dtypes and units, which types do not

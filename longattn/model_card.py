@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from longattn.hf.record import IMPLEMENTATION
 from longattn.info import build_info
 from longattn.plan import Plan
 from longattn.plan_yaml import dump_yaml
@@ -33,6 +34,7 @@ PLAN_SECTION = re.compile(r"^### Plan \d+\n", re.MULTILINE)
 MEASURED = ("model-index",)
 # What a plan records of initialisers that only Python can give.
 MADE_IN_PYTHON = ("tensor", "callable")
+IN_TRAINING = "attention in training"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -67,14 +69,16 @@ def write_model_card(
     front, body = _split(old)
     earlier = [section for ours in OURS.findall(body) for section in _plan_sections(ours)]
     body = OURS.sub("", body).strip("\n")
-    sections = [*earlier, f"### Plan {len(earlier) + 1}\n\n{_plan_section(source, plan, report)}"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    patterns = config.get("attn_implementation") == IMPLEMENTATION
+    sections = [*earlier, f"### Plan {len(earlier) + 1}\n\n{_plan_section(source, plan, report, patterns)}"]
     origin = "a checkpoint on disk" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
     parts = [
         f"---\n{_front_matter(front, base_model)}---\n\n{BEGIN}",
         f"# {name}",
         f"Made from {origin} with longattn, in {_times(len(sections))}. No weight was trained for it: all tensors are "
         f"those of that checkpoint, but for the rows of new tokens.{' Its card follows below.' if body else ''}",
-        f"### Load\n\n{_fenced(_loading(folder), 'python')}",
+        f"### Load\n\n{_fenced(_loading(folder, patterns), 'python')}",
         *sections,
         END,
         *([body] if body else []),
@@ -130,13 +134,10 @@ def _times(plans: int) -> str:
     return "one step" if plans == 1 else f"{plans} steps, oldest first"
 
 
-def _loading(folder: Path) -> str:
-    """Code that loads the checkpoint from within its folder."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _loading(folder: Path, patterns: bool) -> str:
+    """Code that loads the checkpoint from within its folder, with longattn where that has its patterns."""
     tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    lines = ["import longattn  # registers the attention that config.json names"]
-    if config.get("attn_implementation") != "longattn":
-        lines = []
+    lines = ["import longattn  # registers the attention that config.json names"] if patterns else []
     lines += ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else ""), ""]
     lines += ['checkpoint = "."  # this folder, or the model\'s id on the Hub']
     lines += ["model = AutoModelForCausalLM.from_pretrained(checkpoint)"]
@@ -144,8 +145,8 @@ def _loading(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plan_section(source: str | os.PathLike[str], plan: Plan | None, report: Report) -> str:
-    parts = ["No plan: exported as it is."] if plan is None else _planned(source, plan)
+def _plan_section(source: str | os.PathLike[str], plan: Plan | None, report: Report, patterns: bool) -> str:
+    parts = ["No plan: exported as it is."] if plan is None else _planned(source, plan, patterns)
     if report.tokens is not None:
         parts += _tokens(report.tokens)
     for heading, lines in (("Checked when it was made:", report.proofs), ("Notes:", report.notes)):
@@ -156,8 +157,8 @@ def _plan_section(source: str | os.PathLike[str], plan: Plan | None, report: Rep
     return "\n\n".join([*parts, f"Versions: {versions}."])
 
 
-def _planned(source: str | os.PathLike[str], plan: Plan) -> list[str]:
-    """The plan, and what it makes of the structure."""
+def _planned(source: str | os.PathLike[str], plan: Plan, patterns: bool) -> list[str]:
+    """The plan, and what it makes of the structure; of patterns in training only where longattn serves them."""
     stored = plan.to_dict()
     parts = [_fenced(dump_yaml(stored), "yaml")]
     given = {word for key in ("init", "output_init") if (word := stored.get("tokens", {}).get(key)) in MADE_IN_PYTHON}
@@ -167,7 +168,8 @@ def _planned(source: str | os.PathLike[str], plan: Plan) -> list[str]:
         return [*parts, "Layers, rotary embedding and length are as they were."]
     before, after = inspect_checkpoint(source, plan=plan)
     assert after is not None
-    return [*parts, _table([(f"one text of {after.context:,} tokens", "before", "after"), *_rows(before, after)])]
+    rows = [row for row in _rows(before, after) if patterns or row[0] != IN_TRAINING]
+    return [*parts, _table([(f"one text of {after.context:,} tokens", "before", "after"), *rows])]
 
 
 def _rows(before: Structure, after: Structure) -> list[tuple[str, str, str]]:
@@ -175,7 +177,7 @@ def _rows(before: Structure, after: Structure) -> list[tuple[str, str, str]]:
     rows = {
         "positions": [f"{s.max_position_embeddings:,}" for s in both],
         "attention": [_by_layer([layer.attention for layer in s.layers]) for s in both],
-        "attention in training": [_by_layer([layer.train_attention for layer in s.layers]) for s in both],
+        IN_TRAINING: [_by_layer([layer.train_attention for layer in s.layers]) for s in both],
         "rotary embedding": [_by_layer([layer.rope_type for layer in s.layers]) for s in both],
         "wavelengths, tokens": [_by_layer([_wavelengths(layer.wavelengths) for layer in s.layers]) for s in both],
         "KV cache": [format_bytes(s.costs.kv_cache_bytes) for s in both],

@@ -148,6 +148,19 @@ def test_loading_code_runs_and_imports_longattn_where_that_is_needed(src, dst, t
     assert run_loading(tmp_path / "rope") == "[] sdpa"
 
 
+def test_exported_checkpoint_says_what_it_is(tmp_path):
+    plan = Plan(rope=ROPE, attention="window:8", train_attention="group:8+shift")
+    extend_checkpoint(MODEL_FOLDER, tmp_path / "dst", plan, export="stock")
+    assert run_loading(tmp_path / "dst") == "[] sdpa"
+    rows = {row[0]: row[1:] for row in tables(card(tmp_path / "dst"))[0]}
+    assert rows["attention"] == ["full", "window:8"] and "attention in training" not in rows
+    assert "- train_attention" in card(tmp_path / "dst")  # the note on what is left out
+    extend_checkpoint(MODEL_FOLDER, tmp_path / "again", Plan(train_attention="group:8"))
+    extend_checkpoint(tmp_path / "again", tmp_path / "stock", None, export="stock")
+    assert "### Plan 2\n\nNo plan: exported as it is." in card(tmp_path / "stock")
+    assert run_loading(tmp_path / "stock") == "[] sdpa"
+
+
 def test_second_plan_gets_a_section_after_the_first(dst, tmp_path):
     second = Plan(rope={"factor": 2.0}, tokens={"tokens": ["<tool>"]})
     extend_checkpoint(dst, tmp_path / "longer", second)
