@@ -94,6 +94,8 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(src, trust_remote_code=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
+        if not Path(src).exists():
+            raise OSError(f"{caller}: SRC {src} is no folder here, and as a Hub id it can't be fetched: {reason}") from error
         raise OSError(f"{caller}: the config of SRC {src} can't be read: {reason}") from error
     except Exception as error:  # a config's values can fail anywhere in a config's code
         reason = " ".join(str(error).split())
