@@ -32,6 +32,7 @@ __all__ = [
 
 # Weights in other formats, or of other tools: they are not changed, so they are not part of a new checkpoint.
 OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+NOT_FOUND = "SRC {} is no folder here, and as a Hub id it can't be fetched"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
@@ -58,7 +59,7 @@ def source_folder(src: str | os.PathLike[str]) -> Path:
         raise ValueError(f"extend: SRC {src} is neither a folder nor the id of a model on the Hub") from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"extend: SRC {src} is no folder here, and as a Hub id it can't be fetched: {reason}") from error
+        raise OSError(f"extend: {NOT_FOUND.format(src)}: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,9 +95,8 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(src, trust_remote_code=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        if not Path(src).exists():
-            raise OSError(f"{caller}: SRC {src} is no folder here, and as a Hub id it can't be fetched: {reason}") from error
-        raise OSError(f"{caller}: the config of SRC {src} can't be read: {reason}") from error
+        what = "the config of SRC {} can't be read" if Path(src).exists() else NOT_FOUND
+        raise OSError(f"{caller}: {what.format(src)}: {reason}") from error
     except Exception as error:  # a config's values can fail anywhere in a config's code
         reason = " ".join(str(error).split())
         raise ValueError(f"{caller}: transformers refuses the config of SRC {src}: {reason}") from error
