@@ -37,8 +37,10 @@ def check_types(op: str, tensors: dict[str, object], scale: object, softcap: obj
         if needed and x.dim() != 4:  # type: ignore[union-attr]
             raise ValueError(f"{op}: {name} must be (B, H, S, D), got shape {tuple(x.shape)}")  # type: ignore[union-attr]
     for name, number in (("scale", scale), ("softcap", softcap)):
-        if isinstance(number, bool) or not isinstance(number, int | float | torch.SymInt | torch.SymFloat | Tensor):
+        if isinstance(number, bool) or not isinstance(number, int | float | torch.SymInt | torch.SymFloat):
             raise TypeError(f"{op}: {name} must be a number, got {number!r}")
+        if isinstance(number, int) and abs(number) > MAX_FACTOR:  # more than a float may hold
+            raise ValueError(f"{op}: {name} must be a number from -1e30 to 1e30, got {number}")
     check_count(op, "sink_tokens", sink_tokens)
 
 
