@@ -192,6 +192,32 @@ void attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, 
 
 using MaybeTensor = std::optional<Tensor>;
 
+// The tensors of a backward op around its inputs and options.
+struct AttentionGradTensors {
+  const Tensor& grad_out;
+  const MaybeTensor& grad_lse;
+  const Tensor &query, &key, &value, &out, &lse;
+  const Tensor &grad_query, &grad_key, &grad_value, &grad_sink_logits;
+};
+
+void attention_bwd(const AttentionGradTensors& t, const AttentionOptions& options,
+                   const std::vector<longattn::Band>& bands) {
+  const cpu::AttentionParams p = attention_params(t.query, t.key, t.value, t.out, t.lse, options, bands);
+  cpu::AttentionGrads grads{};
+  grads.grad_out = tensor4("grad_out", t.grad_out, t.query, p.heads, p.rows.num_queries);
+  if (t.grad_lse) grads.grad_lse = rows_float32("grad_lse", *t.grad_lse, t.query);
+  grads.grad_query = tensor4("grad_query", t.grad_query, t.query, p.heads, p.rows.num_queries);
+  grads.grad_key = tensor4("grad_key", t.grad_key, t.query, p.kv_heads, p.rows.num_keys);
+  grads.grad_value = tensor4("grad_value", t.grad_value, t.query, p.kv_heads, p.rows.num_keys);
+  if (p.sink_logits) {
+    STD_TORCH_CHECK(t.grad_sink_logits.scalar_type() == ScalarType::Float && t.grad_sink_logits.is_contiguous() &&
+                        t.grad_sink_logits.numel() == p.heads,
+                    "attention: grad_sink_logits must be contiguous float32 (", p.heads, ",)");
+    grads.grad_sink_logits = static_cast<float*>(t.grad_sink_logits.mutable_data_ptr());
+  }
+  STD_TORCH_CHECK(attention_kernels(p).backward(p, grads, &parallel_for), "attention: no memory for scratch");
+}
+
 void window_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int64_t left, int64_t right, double scale,
                 double softcap, int64_t sink_tokens, MaybeTensor sink_logits, MaybeTensor cu_seqlens,
                 MaybeTensor kv_start, MaybeTensor kv_end, int64_t query_start, int64_t key_start, Tensor out,
@@ -210,12 +236,37 @@ void group_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int6
   attention_fwd(query, key, value, options, group_bands(group_size, shifts, causal), out, lse);
 }
 
+void window_bwd(const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
+                const Tensor& value, const Tensor& out, const Tensor& lse, int64_t left, int64_t right, double scale,
+                double softcap, int64_t sink_tokens, MaybeTensor sink_logits, MaybeTensor cu_seqlens,
+                MaybeTensor kv_start, MaybeTensor kv_end, int64_t query_start, int64_t key_start, Tensor grad_query,
+                Tensor grad_key, Tensor grad_value, Tensor grad_sink_logits) {
+  const AttentionOptions options{scale,    softcap, sink_tokens, sink_logits, cu_seqlens,
+                                 kv_start, kv_end,  query_start, key_start};
+  attention_bwd({grad_out, grad_lse, query, key, value, out, lse, grad_query, grad_key, grad_value, grad_sink_logits},
+                options, window_bands(query, left, right));
+}
+
+void group_bwd(const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
+               const Tensor& value, const Tensor& out, const Tensor& lse, int64_t group_size,
+               std::vector<int64_t> shifts, bool causal, double scale, double softcap, int64_t sink_tokens,
+               MaybeTensor sink_logits, MaybeTensor cu_seqlens, MaybeTensor kv_start, MaybeTensor kv_end,
+               int64_t query_start, int64_t key_start, Tensor grad_query, Tensor grad_key, Tensor grad_value,
+               Tensor grad_sink_logits) {
+  const AttentionOptions options{scale,    softcap, sink_tokens, sink_logits, cu_seqlens,
+                                 kv_start, kv_end,  query_start, key_start};
+  attention_bwd({grad_out, grad_lse, query, key, value, out, lse, grad_query, grad_key, grad_value, grad_sink_logits},
+                options, group_bands(group_size, shifts, causal));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(longattn, CPU, m) {
   m.impl("_rope_fwd", TORCH_BOX(&rope_fwd));
   m.impl("_window_fwd", TORCH_BOX(&window_fwd));
+  m.impl("_window_bwd", TORCH_BOX(&window_bwd));
   m.impl("_group_fwd", TORCH_BOX(&group_fwd));
+  m.impl("_group_bwd", TORCH_BOX(&group_bwd));
 }
 
 PYBIND11_MODULE(_C, m) {

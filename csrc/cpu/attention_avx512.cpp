@@ -4,15 +4,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
+#include <vector>
 
 #include "attention.h"
 #include "attention_isas.h"
 #include "elements.h"
 #include "isa.h"
+#include "scratch.h"
+#include "strips.h"
 #include "tasks.h"
 
 #ifdef LONGATTN_X86_KERNELS
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "backward.h"
 #include "fma.h"
 #include "forward.h"
 #include "vec_avx512.h"
@@ -21,9 +26,9 @@ namespace longattn::cpu {
 
 const AttentionKernels* avx512_kernels(Element element) {
   static const AttentionKernels kernels[] = {
-      {&forward<Fma<Avx512>, float>, nullptr},
-      {&forward<Fma<Avx512>, BFloat16>, nullptr},
-      {&forward<Fma<Avx512>, Float16>, nullptr},
+      {&forward<Fma<Avx512>, float>, &backward<Fma<Avx512>, float>},
+      {&forward<Fma<Avx512>, BFloat16>, &backward<Fma<Avx512>, BFloat16>},
+      {&forward<Fma<Avx512>, Float16>, &backward<Fma<Avx512>, Float16>},
   };
   return &kernels[static_cast<int>(element)];
 }

@@ -20,7 +20,8 @@ struct Fma {
   static constexpr int kRows = V::kTileRows;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPanel = 2 * kLanes;
-  static constexpr int kStep = kLanes;  // columns and depths are multiples of this
+  static constexpr int kStep = kLanes;         // columns and depths are multiples of this
+  static constexpr int kKeyBlock = 8 * kRows;  // of the backward
 
   // Elements of a panel whose depth is `depth`.
   static int64_t panel_size(int64_t depth) { return depth * kPanel; }

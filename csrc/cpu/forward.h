@@ -45,37 +45,26 @@ struct Forward {
                                                 kBlockBytes / (2 * params.head_dim * sizeof(float)) / 64 * 64))),
         out_cols(static_cast<int>(round_up(params.head_dim, M::kStep))) {}
 
-  struct Memory {
-    Scratch scratch;
+  struct Buffers {
     Operand *keys, *values, *query, *weights;
     float *logits, *sums;
     RowState* states;
     VisibleKeys* visible;
 
-    explicit Memory(const Forward& f) : scratch(bytes(f)) {
-      if (!scratch.ok()) return;
+    template <class Take>
+    void lay_out(const Forward& f, Take take) {
       const int64_t rows = f.part.rows * f.part.heads;
-      keys = scratch.take<Operand>(f.key_size());
-      values = scratch.take<Operand>(f.value_size());
-      query = scratch.take<Operand>(kRows * kLdQuery);
-      weights = scratch.take<Operand>(kRows * kLd);
-      logits = scratch.take<float>(kRows * kLd);
-      sums = scratch.take<float>(rows * f.out_cols);
-      states = scratch.take<RowState>(rows);
-      visible = scratch.take<VisibleKeys>(rows);
+      take(keys, M::panels(f.block) * M::panel_size(M::depth_of(f.p.head_dim)));
+      take(values, M::panels(f.p.head_dim) * M::panel_size(f.block));
+      take(query, int64_t{kRows} * kLdQuery);
+      take(weights, int64_t{kRows} * kLd);
+      take(logits, int64_t{kRows} * kLd);
+      take(sums, rows * f.out_cols);
+      take(states, rows);
+      take(visible, rows);
     }
-    static int64_t bytes(const Forward& f) {
-      const int64_t rows = f.part.rows * f.part.heads;
-      return Scratch::bytes<Operand>(f.key_size()) + Scratch::bytes<Operand>(f.value_size()) +
-             Scratch::bytes<Operand>(kRows * kLdQuery) + Scratch::bytes<Operand>(kRows * kLd) +
-             Scratch::bytes<float>(kRows * kLd) + Scratch::bytes<float>(rows * f.out_cols) +
-             Scratch::bytes<RowState>(rows) + Scratch::bytes<VisibleKeys>(rows);
-    }
-    bool ok() const { return scratch.ok(); }
   };
-
-  int64_t key_size() const { return M::panels(block) * M::panel_size(M::depth_of(p.head_dim)); }
-  int64_t value_size() const { return M::panels(p.head_dim) * M::panel_size(block); }
+  using Memory = Scratch<Forward, Buffers>;
 
   // One task's place in the tensors.
   struct Place {

@@ -106,6 +106,8 @@ def define_attention(
         rows = check(query, key, value, args)
         grad_out, query, key, value = map(_dense_channels, (grad_out, query, key, value))
         inputs = grad_out, query, key, value, out, lse
+        if dispatch.choose(op, query, key, value, *args):
+            return compiled.backward(private, inputs, grad_lse, args)
         return pure_backward.backward(inputs, grad_lse, job(query, rows, args), args[SINK_LOGITS])
 
     dispatch.implement(op, forward)

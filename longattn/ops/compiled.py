@@ -10,7 +10,7 @@ from torch import Tensor
 from longattn.ops import dispatch
 from longattn.ops.layout import empty_like_order
 
-__all__ = ["define_private", "forward", "why_not_compiled"]
+__all__ = ["backward", "define_private", "forward", "why_not_compiled"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -23,12 +23,17 @@ SINK_LOGITS = -6  # where the options hold sink_logits
 
 
 def define_private(name: str, band_schema: str) -> None:
-    """Define `longattn::<name>_fwd`, which the compiled module implements; it writes into out and lse.
+    """Define `longattn::<name>_fwd` and `_bwd`, which the compiled module implements; into their last tensors.
 
-    The channels of all (B, H, S, D) tensors are contiguous; lse is contiguous float32, sink_logits float32.
+    The channels of all (B, H, S, D) tensors are contiguous; lse and its gradient are contiguous float32 (B, Hq, Sq),
+    sink_logits and their gradient float32 (Hq,), the latter empty where there are none.
     """
     inputs = "Tensor query, Tensor key, Tensor value"
     dispatch.library.define(f"{name}_fwd({inputs}, {band_schema}, {OPTIONS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
+    dispatch.library.define(
+        f"{name}_bwd(Tensor grad_out, Tensor? grad_lse, {inputs}, Tensor out, Tensor lse, {band_schema}, {OPTIONS}, "
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) grad_sink_logits) -> ()"
+    )
 
 
 def why_not_compiled(query: Tensor, key: Tensor, *args: Any) -> str | None:
@@ -60,6 +65,29 @@ def forward(name: str, query: Tensor, key: Tensor, value: Tensor, args: tuple[An
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     getattr(torch.ops.longattn, f"{name}_fwd").default(query, key, value, *_plain(args), out, lse)
     return out, lse
+
+
+def backward(
+    name: str, inputs: tuple[Tensor, ...], grad_lse: Tensor | None, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run `longattn::<name>_bwd`.
+
+    Args:
+        inputs: grad_out, query, key, value, out, lse, as `forward` takes and returns them.
+        grad_lse: (B, Hq, Sq), or None for zeros.
+        args: the public op's arguments behind value.
+
+    Returns:
+        The gradients of query, key, value and sink_logits (empty where there are none).
+    """
+    grad_out, query, key, value, out, lse = inputs
+    sink_logits = args[SINK_LOGITS]
+    grads = empty_like_order(query), empty_like_order(key), empty_like_order(value)
+    grad_sinks = query.new_empty(0 if sink_logits is None else len(sink_logits), dtype=torch.float32)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    run = getattr(torch.ops.longattn, f"{name}_bwd").default
+    run(grad_out, grad_lse, query, key, value, out, lse.contiguous(), *_plain(args), *grads, grad_sinks)
+    return *grads, query.new_empty(0) if sink_logits is None else grad_sinks.to(sink_logits.dtype)
 
 
 def _plain(args: tuple[Any, ...]) -> list[Any]:
