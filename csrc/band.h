@@ -90,6 +90,12 @@ struct alignas(16) VisibleKeys {
   LONGATTN_HD uint32_t bits(int from) const { return band.bits(from) | sinks.bits(from); }
 };
 
+// The queries that see one key: by the band, and behind them those that see it as a sink alone.
+struct alignas(16) VisibleQueries {
+  Range band, sinks;  // band.end == sinks.begin
+  LONGATTN_HD bool seen_by(int query) const { return Range{band.begin, sinks.end}.holds(query); }
+};
+
 // What the first queries of heads that share a tile see at least, and the last ones at most: for RowBand::tiles_of.
 LONGATTN_HD VisibleKeys join_first(const VisibleKeys& a, const VisibleKeys& b) {
   return {{smaller(a.sinks.begin, b.sinks.begin), smaller(a.sinks.end, b.sinks.end)},
@@ -166,15 +172,21 @@ struct RowBand {
     return {{smaller(key_index(span.start), sink_end), sink_end}, {begin, end}};
   }
 
-  // The queries that see a key.
-  LONGATTN_HD Range queries(int key) const {
-    const int64_t j = key + rows.key_start;
-    const Span span = span_of(j);
-    if (key >= rows.num_keys || j < span.start || j >= span.stop) return {0, 0};
-    const bool sink = j - span.start < rows.sinks;
-    const int begin = query_index(first_query(span, j));
-    return {begin, larger(begin, query_index(sink ? last_query(span, kFar) : last_query(span, band_reach(span, j))))};
+  // The queries that see a key. Of neighbouring keys no range of the band begins or ends before the other's.
+  LONGATTN_HD VisibleQueries queries(int key) const {
+    const int64_t j = key + rows.key_start, real = larger(smaller(j, stop - 1), start);
+    if (stop <= start) return {{0, 0}, {0, 0}};
+    const Span span = span_of(real);
+    const int begin = query_index(first_query(span, real));
+    const int band_end = larger(begin, query_index(last_query(span, band_reach(span, real))));
+    const int end = real - span.start < rows.sinks ? larger(band_end, query_index(last_query(span, kFar))) : band_end;
+    if (j < real) return {{begin, begin}, {begin, begin}};
+    if (j > real || key >= rows.num_keys) return {{band_end, band_end}, {band_end, band_end}};
+    return {{begin, band_end}, {band_end, end}};
   }
+
+  // The keys that are sinks, where documents are not packed.
+  LONGATTN_HD Range sink_keys() const { return {key_index(start), key_index(start + rows.sinks)}; }
 
   // The tiles of `size` keys that the queries [from, to) visit; from < to <= num_queries.
   LONGATTN_HD KeyTiles key_tiles(int from, int to, int size) const {

@@ -16,9 +16,9 @@ bool inside(const Range& range, int size) { return 0 <= range.begin && range.beg
 }  // namespace
 
 // Every table is [num_queries, num_keys]. Returns how many ranges were malformed or reached outside.
-extern "C" int band_probe(const int64_t* ends, const Rows* rows, int batch, int tile_queries, int tile_keys,
-                          uint8_t* seen_by_query, uint8_t* seen_by_key, int32_t* visits, uint8_t* interior,
-                          int32_t* meetings, uint8_t* common, int32_t* tile_count) {
+extern "C" int band_probe(const int64_t* ends, const Rows* rows, int batch, bool ordered, int tile_queries,
+                          int tile_keys, uint8_t* seen_by_query, uint8_t* seen_by_key, int32_t* visits,
+                          uint8_t* interior, int32_t* meetings, uint8_t* common, int32_t* tile_count) {
   const RowBand row(make_band(ends), *rows, batch);
   const int num_queries = rows->num_queries, num_keys = rows->num_keys;
   const auto at = [&](int query, int key) { return static_cast<int64_t>(query) * num_keys + key; };
@@ -33,9 +33,14 @@ extern "C" int band_probe(const int64_t* ends, const Rows* rows, int batch, int 
     }
   }
   for (int j = 0; j < num_keys; ++j) {
-    const Range queries = row.queries(j);
-    bad += !inside(queries, num_queries);
-    for (int i = 0; i < num_queries; ++i) seen_by_key[at(i, j)] = queries.holds(i);
+    const VisibleQueries queries = row.queries(j), after = row.queries(std::min(j + 1, num_keys - 1));
+    bad += !inside(queries.band, num_queries) || !inside(queries.sinks, num_queries);
+    bad += queries.band.end != queries.sinks.begin;
+    if (ordered) bad += queries.band.begin > after.band.begin || queries.band.end > after.band.end;
+    for (int i = 0; i < num_queries; ++i) {
+      seen_by_key[at(i, j)] = queries.seen_by(i);
+      if (ordered) bad += queries.sinks.holds(i) != row.keys(i).sinks.holds(j);
+    }
   }
   for (int from = 0; from < num_queries; from += tile_queries) {
     const int to = std::min(from + tile_queries, num_queries);
