@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -51,3 +53,9 @@ def test_brackets_are_no_markup():
 def test_arguments_are_called_as_in_the_texts():
     for name, usage in {"extend": r"\{?SRC\}? \[DST\]", "inspect": r"\{?SRC\}?"}.items():
         assert re.search(f"longattn {name} \\[OPTIONS\\] {usage}", shown(name))
+
+
+def test_python_m_longattn_is_called_longattn():
+    done = subprocess.run([sys.executable, "-m", "longattn", "no-such-command"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Usage: longattn [OPTIONS] COMMAND" in done.stderr and "No such command 'no-such-command'" in done.stderr
