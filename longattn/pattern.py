@@ -166,8 +166,8 @@ def parse_pattern(text: str) -> Pattern:
 def _number(text: str, pattern: str) -> int:
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"pattern {pattern!r}: expected a whole number >= 0, got {text!r}")
-    if len(text.lstrip("0")) > 15:
-        raise ValueError(f"pattern {pattern[:40]!r}: expected a number below 10^15, got one of {len(text)} digits")
+    if len(text.lstrip("0")) > 16:
+        raise ValueError(f"pattern {pattern[:40]!r}: expected a number of at most 10^15, got one of {len(text)} digits")
     return int(text)
 
 

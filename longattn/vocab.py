@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Init", "TokenPlan", "TokenReport", "add_tokens", "prepare_tokens"]
 
+MAX_MULTIPLE = 2**16  # no kernel wants rows in larger units, and each of the rows that this adds is made
+
 
 def add_tokens(
     model: PreTrainedModel,
@@ -157,6 +159,8 @@ def _check_multiple(pad_to_multiple_of: int | None) -> int:
         raise TypeError(f"add_tokens: pad_to_multiple_of must be an int, got {pad_to_multiple_of!r}")
     if multiple < 1:
         raise ValueError(f"add_tokens: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+    if multiple > MAX_MULTIPLE:
+        raise ValueError(f"add_tokens: pad_to_multiple_of must be at most {MAX_MULTIPLE}, got {pad_to_multiple_of}")
     return multiple
 
 
