@@ -1,6 +1,8 @@
 """Checkpoints changed on disk: which bytes stay, what reloads, what is refused, and that SRC is never touched."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,24 @@ def test_unchanged_tensors_keep_their_bytes(src, tmp_path, name):
     untouched = {file for file, _ in before.values()} - {before[key][0] for key in changed}
     old, new = digests(src), digests(tmp_path / "dst")
     assert len(untouched) >= 2 and all(old[file] == new[file] for file in untouched)
+
+
+def across_file_systems(*_):
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+@pytest.mark.parametrize("copy", [None, across_file_systems, lambda *_: 0])
+def test_bytes_are_copied_where_the_kernel_does_not(src, tmp_path, monkeypatch, copy):
+    extend_checkpoint(src, tmp_path / "expected", ROPE)
+    if copy is None:
+        monkeypatch.delattr("os.copy_file_range", raising=False)
+    else:
+        monkeypatch.setattr("os.copy_file_range", copy, raising=False)
+    extend_checkpoint(src, tmp_path / "dst", ROPE)
+    expected, found = digests(tmp_path / "expected"), digests(tmp_path / "dst")
+    assert {name: found[name] for name in found if "safetensors" in name} == {
+        name: expected[name] for name in expected if "safetensors" in name
+    }
 
 
 @pytest.mark.parametrize("name", PLANS)
