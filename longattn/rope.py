@@ -155,7 +155,9 @@ def rope_cos_sin(
         raise TypeError(f"rope_cos_sin: dtype must be floating point, got {dtype}")
     if isinstance(attention_scaling, bool) or not isinstance(attention_scaling, int | float | torch.SymFloat):
         raise TypeError(f"rope_cos_sin: attention_scaling must be a number, got {attention_scaling!r}")
-    if not abs(attention_scaling) <= sys.float_info.max:
+    # an int may be finite and still be no float; compiled, a float's other bounds would cost an empty graph
+    limit = sys.float_info.max if isinstance(attention_scaling, int) else math.inf
+    if not (abs(attention_scaling) < math.inf and abs(attention_scaling) <= limit):
         raise ValueError(f"rope_cos_sin: attention_scaling must be finite, got {attention_scaling!r}")
     phases = positions.to(torch.float64).unsqueeze(-1) * inv_freq.to(torch.float64)  # (*positions.shape, d/2)
     scaling = 1.0 * attention_scaling

@@ -22,7 +22,9 @@ ids = torch.load(ids)
 for folder in folders:
     transformers.utils.logging.set_verbosity_warning()
     transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    capped = getattr(transformers.AutoConfig.from_pretrained(folder), "attn_logit_softcapping", None)
+    given = {"attn_implementation": "eager"} if capped else {}  # before 5.21 sdpa took such models and left the cap out
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given).eval()
     transformers.utils.logging.set_verbosity_error()  # the text is longer than the model was made for
     with torch.no_grad():
         logits = model(ids).logits
