@@ -7,5 +7,7 @@ namespace longattn::cpu {
 
 const AttentionKernels* avx2_kernels(Element element);
 const AttentionKernels* avx512_kernels(Element element);
+const AttentionKernels* avx512_bf16_kernels();  // of bfloat16 alone
+const AttentionKernels* amx_kernels();          // likewise
 
 }  // namespace longattn::cpu

@@ -25,10 +25,11 @@ struct Backward {
   using Vec = typename V::Vec;
   using Operand = typename M::Operand;
   static constexpr int kRows = M::kRows;
-  static constexpr int kKeys = M::kKeyBlock;  // keys of a block, a multiple of kRows
-  static constexpr int kPiece = 240;          // queries of a piece, a multiple of kRows and of kStep
+  static constexpr int kKeys = M::kKeyBlock;     // keys of a block, a multiple of kRows
+  static constexpr int kPiece = M::kQueryPiece;  // queries of a piece, a multiple of kRows and of kStep
   static constexpr int kLd = kPiece + 32;
   static constexpr int kLdChannels = kMaxHeadDim + 16;
+  static constexpr int kLdKeys = kKeys + 32;
   static constexpr int kQueries = 1024;                    // packed at a time
   static constexpr int kQueryRows = kQueries + 2 * kRows;  // with rows that only padding reaches
 
@@ -56,12 +57,13 @@ struct Backward {
   struct Buffers {
     Operand *query_t, *query, *grad_t, *grad;  // queries and gradients of the output, packed both ways
     Operand *key_rows, *value_rows;            // [kKeys, kLdChannels]
-    Operand* key;                              // packed, for dQ
-    float *logits, *slopes;                    // [kRows, kLd]: S^T, then P^T; dP^T
-    float* dlogits;                            // [kKeys, kLd]: dS^T
+    Operand* key;                              // for dQ: packed, or [cols, kLdKeys]
+    float *logits, *slopes;                    // [kRows, kLd]: S^T; dP^T
+    Operand *weights, *slope_rows;             // [kRows, kLd]: P^T; dS^T, where narrower than float32
+    Operand* dlogits;                          // [kKeys / kGroup, kLd, kGroup]: dS^T
     float *lse, *delta;                        // [kQueryRows]
     int *begin, *end;                          // [kQueryRows]: the keys that each query sees
-    float* grad_query;                         // [kQueryRows, cols]
+    float* grad_query;                         // [kQueryRows, cols], or [cols, kQueryRows]
     float* sums[2];                            // [keys + kRows, 2, cols]: dK and dV of each family
 
     template <class Take>
@@ -74,9 +76,11 @@ struct Backward {
       take(grad, packed);
       take(key_rows, int64_t{kKeys} * kLdChannels);
       take(value_rows, int64_t{kKeys} * kLdChannels);
-      take(key, M::panels(b.p.head_dim) * M::panel_size(kKeys));
+      take(key, M::panels(b.p.head_dim) * M::kPanel * kLdKeys);
       take(logits, int64_t{kRows} * kLd);
       take(slopes, int64_t{kRows} * kLd);
+      take(weights, M::kNarrow ? int64_t{kRows} * kLd : 0);
+      take(slope_rows, M::kNarrow ? int64_t{kRows} * kLd : 0);
       take(dlogits, int64_t{kKeys} * kLd);
       take(lse, kQueryRows);
       take(delta, kQueryRows);
@@ -87,6 +91,7 @@ struct Backward {
     }
   };
   using Memory = Scratch<Backward, Buffers>;
+  using Session = typename M::Session;
 
   // Some queries of one head.
   struct Place {
@@ -109,14 +114,15 @@ struct Backward {
         const Place at{set / p.kv_heads, kv_head, kv_head * group() + h, row, smaller(kQueries, stop - row)};
         sink_grad += load_queries(at, m);
         for (int family = 0; family < 2; ++family) visit_family(at, family, strips.keys(set, strip, family).begin, m);
-        store_rows(m.grad_query, cols, p.scale, g.grad_query, at.batch, at.head, at.row, at.rows);
+        store_query_grads(at, m);
       }
       if (sink_grads) sink_grads[(int64_t{set} * strips.count + strip) * group() + h] = sink_grad;
     }
     for (int family = 0; family < 2; ++family) store_keys(set, strip, family, m.sums[family]);
   }
 
-  static void fill(float* x, int64_t count, float value) {
+  template <typename E>
+  static void fill(E* x, int64_t count, E value) {
     for (int64_t i = 0; i < count; ++i) x[i] = value;
   }
 
@@ -130,7 +136,7 @@ struct Backward {
     M::pack_rows(query, p.query.token, at.rows, depth, p.head_dim, m.query);
     M::pack_transposed(grad, g.grad_out.token, at.rows, p.head_dim, m.grad_t);
     M::pack_rows(grad, g.grad_out.token, at.rows, depth, p.head_dim, m.grad);
-    fill(m.grad_query, int64_t{at.rows + kRows} * cols, 0.0f);
+    fill(m.grad_query, int64_t{M::kTransposedQueryGrads ? kQueryRows : at.rows + kRows} * cols, 0.0f);
     const int64_t first = (int64_t{at.batch} * p.heads + at.head) * p.rows.num_queries + at.row;
     double sink_grad = 0.0;
     for (int i = 0; i < kQueryRows; ++i) {
@@ -197,7 +203,10 @@ struct Backward {
       M::template load_rows<kLdChannels>(value + r * p.value.token, p.value.token, count - r, p.head_dim, 1.0f,
                                          m.value_rows + r * kLdChannels);
     }
-    M::pack_rows(key, p.key.token, count, kKeys, p.head_dim, m.key);
+    if constexpr (M::kTransposedQueryGrads)
+      M::template pack_columns<kLdKeys>(key, p.key.token, count, kKeys, p.head_dim, m.key);
+    else
+      M::pack_rows(key, p.key.token, count, kKeys, p.head_dim, m.key);
     const int stop = static_cast<int>(round_up(queries.end, M::kStep));
     const int depth = static_cast<int>(round_up(at.rows, M::kStep));
     for (int col = queries.begin / M::kStep * M::kStep; col < stop; col += kPiece) {
@@ -215,46 +224,58 @@ struct Backward {
     Range seen = queries_of(keys, at.rows, m);
     seen.begin = larger(seen.begin / M::kStep * M::kStep, piece.begin);
     seen.end = smaller(static_cast<int>(round_up(seen.end, M::kStep)), piece.end);
-    float* dlogits = m.dlogits + int64_t{row} * kLd;
+    Operand* dlogits = m.dlogits + int64_t{row} * kLd;
     if (seen.empty()) seen = {piece.begin, piece.begin};
     const int first = seen.begin - piece.begin, last = seen.end - piece.begin;
     const int width = static_cast<int>(round_up(piece.end - piece.begin, kRows));
-    for (int r = 0; r < kRows; ++r) {
-      fill(dlogits + r * kLd, first, 0.0f);
-      fill(dlogits + r * kLd + last, width - last, 0.0f);
+    for (int r = 0; r < kRows; r += M::kGroup) {
+      fill(dlogits + r * kLd, M::kGroup * first, Operand{});
+      fill(dlogits + r * kLd + M::kGroup * last, M::kGroup * (width - last), Operand{});
     }
     if (first == last) return;
     const int64_t channels = M::depth_of(p.head_dim), panel = M::panel_size(channels);
-    M::template product<kLdChannels, 1, false>(m.key_rows + int64_t{row} * kLdChannels, m.query_t, panel, seen.begin,
-                                               seen.end, channels, m.logits, kLd);
-    M::template product<kLdChannels, 1, false>(m.value_rows + int64_t{row} * kLdChannels, m.grad_t, panel, seen.begin,
-                                               seen.end, channels, m.slopes, kLd);
+    M::template product<kLdChannels, M::kGroup, false>(m.key_rows + int64_t{row} * kLdChannels, m.query_t, panel,
+                                                       seen.begin, seen.end, channels, m.logits, kLd);
+    M::template product<kLdChannels, M::kGroup, false>(m.value_rows + int64_t{row} * kLdChannels, m.grad_t, panel,
+                                                       seen.begin, seen.end, channels, m.slopes, kLd);
+    dlogits += M::kGroup * first;
+    Operand* slopes = M::weights(nullptr, m.slope_rows);
+    if constexpr (!M::kNarrow) slopes = dlogits;
+    Operand* weights = M::weights(m.logits, m.weights);
     if (p.softcap != 0)
-      form_logit_grads<true>(keys.begin, seen, dlogits + first, m);
+      form_logit_grads<true>(keys.begin, seen, weights, slopes, dlogits, m);
     else
-      form_logit_grads<false>(keys.begin, seen, dlogits + first, m);
+      form_logit_grads<false>(keys.begin, seen, weights, slopes, dlogits, m);
     const int64_t count = seen.end - seen.begin, grad_panel = M::panel_size(depth), rows = M::row_offset(seen.begin);
-    M::template product<kLd, 1, true>(dlogits + first, m.query + rows, grad_panel, 0, cols, count, sums, 2 * cols);
-    M::template product<kLd, 1, true>(m.logits, m.grad + rows, grad_panel, 0, cols, count, sums + cols, 2 * cols);
+    M::template product<kLd, M::kGroup, true>(slopes, m.query + rows, grad_panel, 0, cols, count, sums, 2 * cols);
+    M::template product<kLd, M::kGroup, true>(weights, m.grad + rows, grad_panel, 0, cols, count, sums + cols,
+                                              2 * cols);
   }
 
-  // P^T in place of S^T, and dS^T without the scale.
+  // P^T from S^T, and dS^T without the scale: row by row in `slopes`, and in groups for dQ in `dlogits`.
   template <bool kCap>
-  void form_logit_grads(int key, Range seen, float* dlogits, Memory& m) const {
+  void form_logit_grads(int key, Range seen, Operand* weights, Operand* slopes, Operand* dlogits, Memory& m) const {
     const Vec scale = V::set1(factor), inside = V::set1(inner), one = V::set1(1.0f);
     for (int q = seen.begin; q < seen.end; q += V::kLanes) {
       const Vec lse = V::load(m.lse + q), delta = V::load(m.delta + q);
       const bool whole = m.begin[q + V::kLanes - 1] <= key && m.end[q] >= key + kRows;
       const int col = q - seen.begin;
-      for (int r = 0; r < kRows; ++r) {
-        Vec logit = V::load(m.logits + r * kLd + col);
-        if (kCap) logit = tanh<V>(V::mul(logit, inside));
-        Vec weight = V::exp2(V::sub(V::mul(logit, scale), lse));
-        if (!whole) weight = V::keep(V::holds(m.begin + q, m.end + q, key + r), weight);
-        Vec slope = V::mul(weight, V::sub(V::load(m.slopes + r * kLd + col), delta));
-        if (kCap) slope = V::mul(slope, V::sub(one, V::mul(logit, logit)));
-        V::store(m.logits + r * kLd + col, weight);
-        V::store(dlogits + r * kLd + col, slope);
+      for (int pair = 0; pair < kRows; pair += 2) {
+        Vec both[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int r = pair + i;
+          Vec logit = V::load(m.logits + r * kLd + col);
+          if (kCap) logit = tanh<V>(V::mul(logit, inside));
+          Vec weight = V::exp2(V::sub(V::mul(logit, scale), lse));
+          if (!whole) weight = V::keep(V::holds(m.begin + q, m.end + q, key + r), weight);
+          Vec slope = V::mul(weight, V::sub(V::load(m.slopes + r * kLd + col), delta));
+          if (kCap) slope = V::mul(slope, V::sub(one, V::mul(logit, logit)));
+          V::store(weights + r * kLd + col, weight);
+          V::store(slopes + r * kLd + col, slope);
+          both[i] = slope;
+        }
+        if constexpr (M::kNarrow) V::store_pairs(dlogits + pair * kLd + 2 * col, both[0], both[1]);
       }
     }
   }
@@ -262,12 +283,40 @@ struct Backward {
   // dQ += dS K over a block of keys, kRows queries at a time, each over the keys that they see.
   void add_query_grads(const Place& at, Range keys, Range piece, Memory& m) const {
     for (int q = piece.begin; q < smaller(piece.end, at.rows); q += kRows) {
-      const int begin = larger(m.begin[q], keys.begin);
-      const int end = smaller(m.end[smaller(q + kRows, at.rows) - 1], keys.end);
+      int begin = larger(m.begin[q], keys.begin) - keys.begin;
+      int end = smaller(m.end[smaller(q + kRows, at.rows) - 1], keys.end) - keys.begin;
       if (end <= begin) continue;
-      M::template product<1, kLd, true>(m.dlogits + int64_t{begin - keys.begin} * kLd + (q - piece.begin),
-                                        m.key + M::row_offset(begin - keys.begin), M::panel_size(kKeys), 0, cols,
-                                        end - begin, m.grad_query + int64_t{q} * cols, cols);
+      begin = begin / M::kDepthStep * M::kDepthStep;  // within the kRows keys that were formed together
+      end = static_cast<int>(round_up(end, M::kDepthStep));
+      const Operand* dlogits = m.dlogits + int64_t{begin} * kLd + M::kGroup * (q - piece.begin);
+      if constexpr (M::kTransposedQueryGrads) {
+        for (int d = 0; d < cols; d += kRows)
+          M::template tiles<kLdKeys, kLd, true>(m.key + int64_t{d} * kLdKeys + begin, dlogits, end - begin,
+                                                m.grad_query + int64_t{d} * kQueryRows + q, kQueryRows);
+      } else {
+        M::template product<M::kGroup, M::kGroup * kLd, true>(dlogits, m.key + M::row_offset(begin),
+                                                              M::panel_size(kKeys), 0, cols, end - begin,
+                                                              m.grad_query + int64_t{q} * cols, cols);
+      }
+    }
+  }
+
+  void store_query_grads(const Place& at, Memory& m) const {
+    if constexpr (M::kTransposedQueryGrads) {
+      constexpr int kLanes = V::kLanes;
+      alignas(kAlignment) float rows[kLanes * (kMaxHeadDim + kLanes)];
+      for (int q = 0; q < at.rows; q += kLanes) {
+        for (int d = 0; d < cols; d += kLanes) {
+          Vec block[kLanes];
+          for (int i = 0; i < kLanes; ++i) block[i] = V::load(m.grad_query + int64_t{d + i} * kQueryRows + q);
+          V::transpose(block);
+          for (int i = 0; i < kLanes; ++i) V::store(rows + i * (kMaxHeadDim + kLanes) + d, block[i]);
+        }
+        store_rows(rows, kMaxHeadDim + kLanes, p.scale, g.grad_query, at.batch, at.head, at.row + q,
+                   smaller(kLanes, at.rows - q));
+      }
+    } else {
+      store_rows(m.grad_query, cols, p.scale, g.grad_query, at.batch, at.head, at.row, at.rows);
     }
   }
 
@@ -318,6 +367,7 @@ struct AddShares {
     }
   };
   using Memory = Scratch<AddShares, Buffers>;
+  struct Session {};
 
   int64_t blocks() const { return divide_up(b.p.rows.num_keys, kBlock); }
   int64_t tasks() const { return int64_t{b.p.batch} * b.p.kv_heads * blocks(); }

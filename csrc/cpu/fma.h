@@ -20,8 +20,14 @@ struct Fma {
   static constexpr int kRows = V::kTileRows;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPanel = 2 * kLanes;
-  static constexpr int kStep = kLanes;         // columns and depths are multiples of this
-  static constexpr int kKeyBlock = 8 * kRows;  // of the backward
+  static constexpr int kStep = kLanes;         // columns, and depths that come from columns, are multiples of this
+  static constexpr int kKeyBlock = 8 * kRows;  // keys of a block of the backward
+  static constexpr int kPiece = 512;           // columns of a piece of logits, forward and backward
+  static constexpr int kQueryPiece = 240;
+  static constexpr int kGroup = 1;        // neighbours in depth that lie together
+  static constexpr int kDepthStep = 1;    // depths are multiples of this
+  static constexpr bool kNarrow = false;  // operands are narrower than float32, and apart from the logits
+  static constexpr bool kTransposedQueryGrads = false;
 
   // Elements of a panel whose depth is `depth`.
   static int64_t panel_size(int64_t depth) { return depth * kPanel; }
@@ -87,8 +93,10 @@ struct Fma {
 
   // Where row `row` of rows packed by pack_rows begins within their panel.
   static int64_t row_offset(int64_t row) { return row * kPanel; }
-  // The weights as an operand: the logits' own memory.
-  static const float* weights(const float* logits, float*, int) { return logits; }
+  // The weights, where they take the logits' own memory.
+  static float* weights(float* logits, float*) { return logits; }
+
+  struct Session {};  // what a thread sets up before its first product
 
  private:
   template <int kVecs, int64_t kRow, int64_t kDepth, bool kAdd>

@@ -26,8 +26,8 @@ struct Forward {
   using V = typename M::V;
   using Operand = typename M::Operand;
   static constexpr int kRows = M::kRows;
-  static constexpr int kPiece = 512;       // columns of a piece of logits
-  static constexpr int kLd = kPiece + 16;  // of logits, in floats; rows that do not meet in the cache's sets
+  static constexpr int kPiece = M::kPiece;  // columns of a piece of logits
+  static constexpr int kLd = kPiece + 16;   // of logits, in floats; rows that do not meet in the cache's sets
   static constexpr int kLdQuery = kMaxHeadDim + 16;
   static constexpr int64_t kBlockBytes = 768 << 10;  // of packed keys and values
 
@@ -42,7 +42,7 @@ struct Forward {
         scale(params.scale, params.softcap),
         part(params, kRows, 512),
         block(static_cast<int>(smaller<int64_t>(round_up(larger(params.rows.num_keys, 1), M::kPanel),
-                                                kBlockBytes / (2 * params.head_dim * sizeof(float)) / 64 * 64))),
+                                                kBlockBytes / (2 * params.head_dim * sizeof(Operand)) / 64 * 64))),
         out_cols(static_cast<int>(round_up(params.head_dim, M::kStep))) {}
 
   struct Buffers {
@@ -57,7 +57,7 @@ struct Forward {
       take(keys, M::panels(f.block) * M::panel_size(M::depth_of(f.p.head_dim)));
       take(values, M::panels(f.p.head_dim) * M::panel_size(f.block));
       take(query, int64_t{kRows} * kLdQuery);
-      take(weights, int64_t{kRows} * kLd);
+      take(weights, M::kNarrow ? int64_t{kRows} * kLd : 0);
       take(logits, int64_t{kRows} * kLd);
       take(sums, rows * f.out_cols);
       take(states, rows);
@@ -65,6 +65,7 @@ struct Forward {
     }
   };
   using Memory = Scratch<Forward, Buffers>;
+  using Session = typename M::Session;
 
   // One task's place in the tensors.
   struct Place {
@@ -144,23 +145,23 @@ struct Forward {
   // The columns [begin, end) of a packed block, for the kRows rows from `first` on.
   void visit_piece(Range VisibleKeys::*which, int64_t first, int key, int begin, int end, int depth, Memory& m) const {
     const int64_t channels = M::depth_of(p.head_dim);
-    M::template product<kLdQuery, 1, false>(m.query, m.keys, M::panel_size(channels), begin, end, channels, m.logits,
-                                            kLd);
+    M::template product<kLdQuery, M::kGroup, false>(m.query, m.keys, M::panel_size(channels), begin, end, channels,
+                                                    m.logits, kLd);
     const int base = key + begin;
     float* sums = m.sums + first * out_cols;
+    Operand* weights = M::weights(m.logits, m.weights);
     for (int r = 0; r < kRows; ++r) {
       const Range seen = m.visible[first + r].*which;
-      float* row = m.logits + r * kLd;
-      const float shrink =
-          softmax_row<V>(row, end - begin, seen.begin - base, seen.end - base, scale, m.states + first + r);
+      const float shrink = softmax_row<V>(m.logits + r * kLd, weights + r * kLd, end - begin, seen.begin - base,
+                                          seen.end - base, scale, m.states + first + r);
       if (shrink != 1.0f) {
         const auto factor = V::set1(shrink);
         for (int d = 0; d < out_cols; d += V::kLanes)
           V::store(sums + r * out_cols + d, V::mul(factor, V::load(sums + r * out_cols + d)));
       }
     }
-    M::template product<kLd, 1, true>(M::weights(m.logits, m.weights, end - begin), m.values + M::row_offset(begin),
-                                      M::panel_size(depth), 0, out_cols, end - begin, sums, out_cols);
+    M::template product<kLd, M::kGroup, true>(weights, m.values + M::row_offset(begin), M::panel_size(depth), 0,
+                                              out_cols, end - begin, sums, out_cols);
   }
 
   // Divides by the denominators, adds the sink logits to them, and stores out and the log-sum-exps.

@@ -51,16 +51,16 @@ struct RowState {
   float sum = 0.0f;  // of the weights
 };
 
-// Turns the products s[0, cols) of one row, of which it sees [begin, end), into weights, zero where it sees nothing.
-// Returns the factor by which what was summed before shrinks. `cols` is a multiple of V::kLanes.
-template <class V>
-inline float softmax_row(float* s, int cols, int begin, int end, const LogitScale& scale, RowState* row) {
+// Turns the products s[0, cols) of one row, of which it sees [begin, end), into weights, zero where it sees nothing;
+// `weights` may be s. Returns the factor by which what was summed before shrinks. `cols` is a multiple of V::kLanes.
+template <class V, typename W>
+inline float softmax_row(float* s, W* weights, int cols, int begin, int end, const LogitScale& scale, RowState* row) {
   using Vec = typename V::Vec;
   constexpr int kLanes = V::kLanes;
   begin = begin < 0 ? 0 : begin;
   end = end > cols ? cols : end;
   if (end <= begin) {
-    for (int c = 0; c < cols; c += kLanes) V::store(s + c, V::zero());
+    for (int c = 0; c < cols; c += kLanes) V::store(weights + c, V::zero());
     return 1.0f;
   }
   const int first = begin / kLanes * kLanes, last = (end - 1) / kLanes * kLanes;
@@ -79,24 +79,24 @@ inline float softmax_row(float* s, int cols, int begin, int end, const LogitScal
   const float found = V::largest(V::max(V::max(top[0], top[1]), V::max(top[2], top[3]))) * scale.factor;
   const float largest = found > row->largest ? found : row->largest;
   if (largest == -INFINITY) {  // logits of -inf alone
-    for (c = 0; c < cols; c += kLanes) V::store(s + c, V::zero());
+    for (c = 0; c < cols; c += kLanes) V::store(weights + c, V::zero());
     return 1.0f;
   }
   const Vec factor = V::set1(scale.factor), shift = V::set1(-largest);
   Vec sums[2] = {V::zero(), V::zero()};
-  for (c = 0; c < first; c += kLanes) V::store(s + c, V::zero());
+  for (c = 0; c < first; c += kLanes) V::store(weights + c, V::zero());
   for (; c + kLanes <= last; c += 2 * kLanes)
     for (int i = 0; i < 2; ++i) {
       const Vec weight = V::exp2(V::fma(V::load(s + c + i * kLanes), factor, shift));
       sums[i] = V::add(sums[i], weight);
-      V::store(s + c + i * kLanes, weight);
+      V::store(weights + c + i * kLanes, weight);
     }
   for (; c <= last; c += kLanes) {
     const Vec weight = V::exp2(V::fma(V::load(s + c), factor, shift));
     sums[0] = V::add(sums[0], weight);
-    V::store(s + c, weight);
+    V::store(weights + c, weight);
   }
-  for (; c < cols; c += kLanes) V::store(s + c, V::zero());
+  for (; c < cols; c += kLanes) V::store(weights + c, V::zero());
   const float shrink = row->largest == -INFINITY ? 0.0f : std::exp2(row->largest - largest);
   row->largest = largest;
   row->sum = row->sum * shrink + V::sum(V::add(sums[0], sums[1]));

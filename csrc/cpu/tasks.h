@@ -27,6 +27,7 @@ bool run_tasks(Job& job, int64_t count, ParallelFor parallel_for) {
         Context& shared = *static_cast<Context*>(opaque);
         int64_t task = shared.next.fetch_add(1);
         if (task >= shared.count) return;
+        [[maybe_unused]] const typename Job::Session session;
         typename Job::Memory memory(shared.job);
         if (!memory.ok()) {
           shared.ok = false;

@@ -1,0 +1,33 @@
+// Attention kernels for bfloat16 on AVX-512's bfloat16 dot product. The target region begins behind the headers that
+// other files compile too: an inline function of theirs, compiled for this instruction set, could serve a processor
+// that lacks it.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "attention_isas.h"
+#include "elements.h"
+#include "isa.h"
+#include "scratch.h"
+#include "strips.h"
+#include "tasks.h"
+
+#ifdef LONGATTN_X86_KERNELS
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#include "backward.h"
+#include "forward.h"
+#include "pairs.h"
+
+namespace longattn::cpu {
+
+const AttentionKernels* avx512_bf16_kernels() {
+  static const AttentionKernels kernels{&forward<Dot, BFloat16>, &backward<Dot, BFloat16>};
+  return &kernels;
+}
+
+}  // namespace longattn::cpu
+#endif
