@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,3 +136,15 @@ def test_pattern_counts_visible_pairs(pattern, tokens):
         window = (-1, 0) if pattern.kind == "full" else (pattern.size - 1, 0)
         mask = visible_mask(1, 2, tokens, tokens, window=window, sinks=pattern.sinks)
     assert pattern.visible(tokens) == mask.sum().item() / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.0, -1.0, -1e-30, 3.0])
+def test_scales_of_any_sign_match_reference(scale, dtype):
+    query, key, value = torch.randn(3, 1, 2, 70, 8).to(dtype)
+    mask = visible_mask(1, 2, 70, 70, window=(20, 0))
+
+    def attend(query, key, value, sink_logits):
+        return longattn.window_attention(query, key, value, (20, 0), scale=scale, return_lse=True)
+
+    check_against_dense(attend, query, key, value, mask, scale=scale)
