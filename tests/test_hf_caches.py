@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -94,15 +95,44 @@ def test_memory_stays_flat(plan, padded_row):
 @torch.no_grad()
 def test_dropped_keys_are_freed_at_once():
     model, _ = extended("window:20+sinks:3")
-    gc.collect()
-    gc.disable()
+    whole = []
+
+    def note(module, args, kwargs):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        update = type(layer).update
+
+        def watch(keys, values, *rest):
+            shown = update(layer, keys, values, *rest)
+            whole.append(weakref.ref(layer.keys))
+            return shown
+
+        layer.update = watch
+
+    hooks = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.layers]
+    gc.disable()  # a cycle would keep what it holds
     try:
         cache = DynamicCache(config=model.config)
         model(tokens(1, LONG), past_key_values=cache)
-        alive = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.ndim == 4 and t.shape[-2] >= LONG]
+        assert [reference() for reference in whole] == [None] * LAYERS
     finally:
         gc.enable()
-    assert not alive and held_tokens(cache) == [22] * LAYERS
+        for hook in hooks:
+            hook.remove()
+    assert held_tokens(cache) == [22] * LAYERS
+
+
+def test_a_cache_is_freed_with_its_last_reference():
+    model, _ = extended("window:20+sinks:3")
+    gc.disable()  # a cycle would keep what it holds
+    try:
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(tokens(1, 30), past_key_values=cache)
+        held = [weakref.ref(layer.keys) for layer in cache.layers]
+        del cache
+        assert [reference() for reference in held] == [None] * LAYERS
+    finally:
+        gc.enable()
 
 
 def test_sinks_keep_their_own_rotation():
