@@ -17,6 +17,7 @@ struct alignas(16) Chunk {  // what a lane moves at once
 #include "emulator/simt.h"
 #else
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define SIMT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -64,6 +65,10 @@ __device__ __forceinline__ void cp_async16(uint32_t destination, const void* sou
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void cp_async8(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(destination), "l"(source), "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void store_chunk(void* destination, const Chunk& chunk) {
   *static_cast<Chunk*>(destination) = chunk;
 }
@@ -73,8 +78,10 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Element types: pack rounds two floats to nearest; multiply is d = A B + c.
+// Element types: low and high widen the halves of a word, pack rounds two floats to nearest; multiply is d = A B + c.
 struct Bf16 {
+  __device__ static __forceinline__ float low(uint32_t word) { return __uint_as_float(word << 16); }
+  __device__ static __forceinline__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   __device__ static __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -90,6 +97,12 @@ struct Bf16 {
   }
 };
 struct Fp16 {
+  __device__ static __forceinline__ float low(uint32_t word) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+  }
+  __device__ static __forceinline__ float high(uint32_t word) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16)));
+  }
   __device__ static __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

@@ -11,6 +11,13 @@ namespace longattn::cuda {
 constexpr int kMaxHeads = 256;                             // query heads whose shifts a launch can carry
 constexpr int64_t kMostIndex = (int64_t{1} << 31) - 1024;  // of tokens and blocks; leaves room for a tile's end
 
+// Builds that take long, as those for sanitizers do, may hold the kernels of one head dim alone.
+#ifdef LONGATTN_ONLY_HEAD_DIM
+constexpr bool is_built(int head_dim) { return head_dim == LONGATTN_ONLY_HEAD_DIM; }
+#else
+constexpr bool is_built(int) { return true; }
+#endif
+
 struct TensorView {  // [B, H, S, D], 16-bit floats, channels contiguous
   void* data;
   int64_t batch_stride, head_stride, token_stride;  // elements
@@ -38,8 +45,43 @@ inline bool chunks_fit(const TensorView& x) {
          0;
 }
 
+struct alignas(8) RowStats {
+  float lse2;   // log-sum-exp in base 2; +inf where the row has none, so that its weights come out as 0
+  float delta;  // dot(out, grad_out) - grad_lse: what the weighted gradients of a row's logits sum to
+};
+
+struct BackwardParams {
+  AttentionParams forward;  // out and lse are inputs here
+  TensorView grad_out, grad_query, grad_key, grad_value;
+  const float* grad_lse;    // [B, heads, num_queries] or null for zeros
+  float* grad_sink_logits;  // [heads] or null
+  RowStats* stats;          // scratch [B, heads, num_queries]
+  float* sink_sums;         // scratch [B, kv_heads, sink_chunks, 2, sink_keys, head_dim]: of grad_key and grad_value
+  int32_t sink_keys, sink_chunks;
+};
+
+// Queries whose gradients of the sink keys one block sums: keys that all later queries see are split among blocks.
+constexpr int kSinkChunk = 1024;
+
+// Sizes of the scratch, from shapes alone. Packed documents have sinks of their own, which are not split.
+struct BackwardScratch {
+  int64_t stats_bytes, sink_sums_bytes;
+  int32_t sink_keys, sink_chunks;
+};
+inline BackwardScratch backward_scratch(const AttentionParams& p) {
+  const int64_t stats = static_cast<int64_t>(p.batch) * p.heads * p.rows.num_queries * 8;
+  if (p.rows.sinks == 0 || p.rows.cu_seqlens) return {stats, 0, 0, 0};
+  const int64_t keys = smaller<int64_t>(p.rows.sinks, p.rows.num_keys);
+  const int64_t chunks = (static_cast<int64_t>(p.rows.num_queries) + kSinkChunk - 1) / kSinkChunk;
+  const int64_t sums = static_cast<int64_t>(p.batch) * p.kv_heads * chunks * 2 * keys * p.head_dim * 4;
+  return {stats, sums, static_cast<int32_t>(keys), static_cast<int32_t>(chunks)};
+}
+
 // Fills out and lse. cudaErrorInvalidValue for what the kernels do not serve: head_dim > 256, heads > kMaxHeads for
 // groups, more than 2^31 - 1024 keys or tiles.
 cudaError_t window_attn_forward(const AttentionParams& params, cudaStream_t stream);
+
+// Fills the gradients; the same bits for the same inputs. Errors as window_attn_forward.
+cudaError_t window_attn_backward(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace longattn::cuda

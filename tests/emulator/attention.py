@@ -43,6 +43,14 @@ class Params(ctypes.Structure):
     ]  # fmt: skip
 
 
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("forward", Params), ("grad_out", View), ("grad_query", View), ("grad_key", View), ("grad_value", View),
+        ("grad_lse", POINTER), ("grad_sink_logits", POINTER), ("stats", POINTER), ("sink_sums", POINTER),
+        ("sink_keys", INT32), ("sink_chunks", INT32),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one call, as the public ops take them, but for tensors."""
@@ -80,23 +88,49 @@ class Emulated:
         seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(out, lse) of 16-bit query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D) in any strides."""
-        out = torch.full(query.shape, torch.nan, dtype=query.dtype)
-        if query.stride(1) < query.stride(2):
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        out = _like(query)
         lse = torch.full(query.shape[:3], torch.nan)
         params = _params(query, key, value, out, call, cu_seqlens)
         tensors = [query, key, value, out, lse, sink_logits, cu_seqlens, kv_start, kv_end]
-        out_bytes, lse_bytes = self._run(params, tensors, [3, 4], seed)
+        out_bytes, lse_bytes = self._run("forward", params, tensors, [3, 4], seed)
         return _filled(out, out_bytes), _filled(lse, lse_bytes)
 
-    def _run(self, params: Any, tensors: list[Tensor | None], outputs: list[int], seed: int) -> list[bytes]:
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        saved: tuple[Tensor, Tensor],
+        call: Call,
+        *,
+        sink_logits: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        kv_start: Tensor | None = None,
+        kv_end: Tensor | None = None,
+        seed: int = 0,
+    ) -> list[Tensor]:
+        """Gradients of query, key, value and, where there are sink logits, of those; `saved` is (out, lse)."""
+        params = _params(*inputs, saved[0], call, cu_seqlens)
+        grads = [_like(x) for x in inputs]
+        if sink_logits is not None:
+            grads.append(torch.full_like(sink_logits, torch.nan))
+        strides = [x.stride(i) for x in (grad_out, *grads[:3]) for i in range(3)]
+        params.aligned = params.aligned and all(stride % 8 == 0 for stride in strides)
+        whole = BackwardParams(params, _view(grad_out), *map(_view, grads[:3]), None, None, None, None, 0, 0)
+        rows = [sink_logits, cu_seqlens, kv_start, kv_end]
+        tensors = [*inputs, *saved, *rows, grad_out, grad_lse, *grads]
+        tensors += [None] * (15 - len(tensors))
+        parts = self._run("backward", whole, tensors, list(range(11, 11 + len(grads))), seed)
+        return [_filled(grad, part) for grad, part in zip(grads, parts, strict=True)]
+
+    def _run(self, which: str, params: Any, tensors: list[Tensor | None], outputs: list[int], seed: int) -> list[bytes]:
         case, result = self.folder / "case", self.folder / "result"
         with case.open("wb") as file:
             file.write(bytes(params))
             for tensor in tensors:
                 data = _span(tensor) if tensor is not None else None
                 file.write(struct.pack("q", -1 if data is None else len(data)) + (data or b""))
-        done = subprocess.run([self.program, case, result, str(seed)], capture_output=True, text=True)
+        done = subprocess.run([self.program, which, case, result, str(seed)], capture_output=True, text=True)
         self.output = done.stderr
         assert done.returncode == 0, done.stderr[-3000:]
         self.counters = json.loads(done.stdout)
@@ -107,6 +141,12 @@ class Emulated:
             parts.append(raw[at : at + size])
             at += size
         return parts
+
+
+def _like(x: Tensor) -> Tensor:
+    """NaNs of x's shape and order of strides, without gaps."""
+    filled = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    return filled.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else filled
 
 
 def _span(tensor: Tensor) -> bytes:

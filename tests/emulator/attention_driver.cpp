@@ -1,16 +1,14 @@
 // Runs an attention kernel in the emulator: reads a case, as tests/emulator/attention.py writes it, runs the launcher
 // and writes its outputs and counters. A program of its own, so that the sanitizers watch it from the start.
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
 
-#ifdef DRIVER_D  // one kernel alone, for builds that take long
-#include "window_attn_fwd.cuh"
-#else
+#include "window_attn_bwd.cu"
 #include "window_attn_fwd.cu"
-#endif
 
 using namespace longattn;
 using namespace longattn::cuda;
@@ -34,36 +32,61 @@ struct Buffers {
     pointer = reinterpret_cast<T*>(memory.back().get());
     if (output) written.emplace_back(memory.back().get(), bytes);
   }
+
+  // NaNs, as freshly allocated memory may hold.
+  void* scratch(int64_t bytes) {
+    memory.push_back(std::make_unique<char[]>(bytes));
+    std::fill_n(memory.back().get(), bytes, '\xff');
+    return memory.back().get();
+  }
 };
 
-cudaError_t forward(const AttentionParams& p) {
-#ifdef DRIVER_D
-  return launch_forward<ForwardTraits<simt::Bf16, DRIVER_D, 64, 2, 1>>(p, nullptr);
-#else
+void read_forward(Buffers& buffers, AttentionParams& p, bool output) {
+  buffers.read(p.query.data);
+  buffers.read(p.key.data);
+  buffers.read(p.value.data);
+  buffers.read(p.out.data, output);
+  buffers.read(p.lse, output);
+  buffers.read(p.sink_logits);
+  buffers.read(p.rows.cu_seqlens);
+  buffers.read(p.rows.kv_start);
+  buffers.read(p.rows.kv_end);
+}
+
+cudaError_t forward(std::ifstream& in, Buffers& buffers) {
+  AttentionParams p;
+  in.read(reinterpret_cast<char*>(&p), sizeof(p));
+  read_forward(buffers, p, true);
   return window_attn_forward(p, nullptr);
-#endif
+}
+
+cudaError_t backward(std::ifstream& in, Buffers& buffers) {
+  BackwardParams b;
+  in.read(reinterpret_cast<char*>(&b), sizeof(b));
+  read_forward(buffers, b.forward, false);
+  buffers.read(b.grad_out.data);
+  buffers.read(b.grad_lse);
+  buffers.read(b.grad_query.data, true);
+  buffers.read(b.grad_key.data, true);
+  buffers.read(b.grad_value.data, true);
+  buffers.read(b.grad_sink_logits, true);
+  const BackwardScratch scratch = backward_scratch(b.forward);
+  b.sink_keys = scratch.sink_keys;
+  b.sink_chunks = scratch.sink_chunks;
+  b.stats = static_cast<RowStats*>(buffers.scratch(scratch.stats_bytes));
+  b.sink_sums = static_cast<float*>(buffers.scratch(scratch.sink_sums_bytes));
+  return window_attn_backward(b, nullptr);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
-  std::ifstream in(argv[1], std::ios::binary);
-  simt::schedule_seed = static_cast<unsigned>(std::stoul(argv[3]));
-  AttentionParams p;
-  in.read(reinterpret_cast<char*>(&p), sizeof(p));
+  if (argc != 5) return 2;
+  std::ifstream in(argv[2], std::ios::binary);
+  simt::schedule_seed = static_cast<unsigned>(std::stoul(argv[4]));
   Buffers buffers{in, {}, {}};
-  buffers.read(p.query.data);
-  buffers.read(p.key.data);
-  buffers.read(p.value.data);
-  buffers.read(p.out.data, true);
-  buffers.read(p.lse, true);
-  buffers.read(p.sink_logits);
-  buffers.read(p.rows.cu_seqlens);
-  buffers.read(p.rows.kv_start);
-  buffers.read(p.rows.kv_end);
-  const cudaError_t error = forward(p);
-  std::ofstream out(argv[2], std::ios::binary);
+  const cudaError_t error = std::string(argv[1]) == "backward" ? backward(in, buffers) : forward(in, buffers);
+  std::ofstream out(argv[3], std::ios::binary);
   for (const auto& [data, bytes] : buffers.written) out.write(data, bytes);
   const simt::Counters& c = simt::counters;
   printf(

@@ -29,9 +29,10 @@ struct Counters {
   int64_t bytes_written = 0;
 };
 
-struct Copy {  // 16 bytes on their way to shared memory; zeros where source is null
+struct Copy {  // on its way to shared memory; zeros where source is null
   uint32_t destination;
   const void* source;
+  unsigned bytes;
 };
 
 enum class State : uint8_t { kReady, kWaiting, kDone };

@@ -47,13 +47,18 @@ inline void count_conflicts(const Warp& warp) {
   }
 }
 
-inline void cp_async16(uint32_t destination, const void* source, bool valid) {
-  if (valid && reinterpret_cast<uintptr_t>(source) % 16) fail("cp.async: misaligned global address");
-  memset(shared_at(destination, 16), 0xff, 16);
+template <unsigned kBytes>
+void cp_async(uint32_t destination, const void* source, bool valid) {
+  if (valid && reinterpret_cast<uintptr_t>(source) % kBytes) fail("cp.async: misaligned global address");
+  memset(shared_at(destination, kBytes), 0xff, kBytes);
   Unwatched unwatched;
-  self->open.push_back({destination, valid ? source : nullptr});
-  if (valid) counters.bytes_read += 16;
+  self->open.push_back({destination, valid ? source : nullptr, kBytes});
+  if (valid) counters.bytes_read += kBytes;
 }
+inline void cp_async16(uint32_t destination, const void* source, bool valid) {
+  cp_async<16>(destination, source, valid);
+}
+inline void cp_async8(uint32_t destination, const void* source, bool valid) { cp_async<8>(destination, source, valid); }
 
 inline void store_chunk(void* destination, const Chunk& chunk) {
   if (reinterpret_cast<uintptr_t>(destination) % 16) fail("misaligned global address");
@@ -79,9 +84,9 @@ void cp_async_wait() {
     }
   }
   for (const Copy& copy : due) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(shared_at(copy.destination, 16));
+    uint32_t* to = reinterpret_cast<uint32_t*>(shared_at(copy.destination, copy.bytes));
     const uint32_t* from = static_cast<const uint32_t*>(copy.source);
-    for (int i = 0; i < 4; ++i) to[i] = from ? from[i] : 0u;
+    for (unsigned i = 0; i < copy.bytes / 4; ++i) to[i] = from ? from[i] : 0u;
   }
   Unwatched unwatched;
   std::vector<Copy>().swap(due);

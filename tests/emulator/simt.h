@@ -35,10 +35,14 @@ namespace simt {
 
 struct Bf16 {
   using Emulated = BFloat16;
+  static float low(uint32_t word) { return BFloat16::load(static_cast<uint16_t>(word)); }
+  static float high(uint32_t word) { return BFloat16::load(static_cast<uint16_t>(word >> 16)); }
   static uint32_t pack(float low, float high) { return BFloat16::store(low) | uint32_t{BFloat16::store(high)} << 16; }
 };
 struct Fp16 {
   using Emulated = Float16;
+  static float low(uint32_t word) { return Float16::load(static_cast<uint16_t>(word)); }
+  static float high(uint32_t word) { return Float16::load(static_cast<uint16_t>(word >> 16)); }
   static uint32_t pack(float low, float high) { return Float16::store(low) | uint32_t{Float16::store(high)} << 16; }
 };
 
