@@ -181,7 +181,7 @@ def _planned_attention(config: PreTrainedConfig, family: Family, plan: Plan, rop
     if before == after and hooked and not rope and plan.tokens is None:
         listed = in_runs([str(pattern) for pattern in serving])
         raise ValueError(
-            f"extend: the plan changes nothing: the layers attend by {listed} already; through longattn, where the model "
+            f"extend: the plan changes nothing: the layers attend by {listed} already; through longattn, where it "
             "is loaded with attn_implementation='longattn'"
         )
     return _Attention(before, after)
