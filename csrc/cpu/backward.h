@@ -406,9 +406,10 @@ bool backward(const AttentionParams& params, const AttentionGrads& grads, Parall
   const std::unique_ptr<void, decltype(&std::free)> shares(std::aligned_alloc(kAlignment, bytes), &std::free);
   if (!shares) return false;
   job.shares = static_cast<float*>(shares.get());
-  if (!run_tasks(job, job.tasks(), parallel_for)) return false;
+  if (!run_tasks(job, job.tasks(), parallel_for, int64_t{strips.rows} * job.group() * params.head_dim * 64))
+    return false;
   AddShares<M, T> rest{job};
-  if (!run_tasks(rest, rest.tasks(), parallel_for)) return false;
+  if (!run_tasks(rest, rest.tasks(), parallel_for, AddShares<M, T>::kBlock * int64_t{2} * job.cols)) return false;
   for (int64_t i = 0; i < static_cast<int64_t>(sink_grads.size()); ++i) {
     const int64_t set = i / (int64_t{strips.count} * job.group());
     grads.grad_sink_logits[set % params.kv_heads * job.group() + i % job.group()] += sink_grads[i];

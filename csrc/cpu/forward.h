@@ -9,17 +9,14 @@
 #include <cmath>
 #include <cstdint>
 
+#include "decode.h"
+#include "rows.h"
 #include "scratch.h"
 #include "softmax.h"
 #include "tasks.h"
 
 namespace longattn::cpu {
 namespace {
-
-template <typename T>
-inline T* row_of(const Tensor4& x, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<T*>(const_cast<void*>(x.data)) + batch * x.batch + head * x.head + token * x.token;
-}
 
 template <class M, typename T>
 struct Forward {
@@ -164,40 +161,21 @@ struct Forward {
                                               out_cols, end - begin, sums, out_cols);
   }
 
-  // Divides by the denominators, adds the sink logits to them, and stores out and the log-sum-exps.
   void finish(const Place& at, Memory& m) const {
-    for (int h = 0; h < at.heads; ++h) {
-      const int head = at.head + h;
+    for (int h = 0; h < at.heads; ++h)
       for (int r = 0; r < at.rows; ++r) {
         const int64_t index = int64_t{h} * at.tiles() * kRows + r;
-        RowState state = m.states[index];
-        float shrink = 1.0f;
-        if (p.sink_logits) {
-          const float logit = p.sink_logits[head] * kLog2E;
-          const float largest = larger(state.largest, logit);
-          if (largest != -INFINITY) {
-            shrink = std::exp2(state.largest - largest);
-            state = {largest, state.sum * shrink + std::exp2(logit - largest)};
-          }
-        }
-        const auto factor = V::set1(state.sum > 0.0f ? shrink / state.sum : state.sum);
-        T* out = row_of<T>(p.out, at.batch, head, at.row + r);
-        const float* sums = m.sums + index * out_cols;
-        int d = 0;
-        for (; d + V::kLanes <= p.head_dim; d += V::kLanes) V::store(out + d, V::mul(factor, V::load(sums + d)));
-        if (d < p.head_dim) V::store_eight(out + d, V::mul(factor, V::load(sums + d)));
-        p.lse[(int64_t{at.batch} * p.heads + head) * p.rows.num_queries + at.row + r] =
-            state.largest == -INFINITY ? -INFINITY : (state.largest + std::log2(state.sum)) * kLn2;
+        store_result<V, T>(p, at.batch, at.head + h, at.row + r, m.states[index], m.sums + index * out_cols);
       }
-    }
   }
 };
 
 template <class M, typename T>
 bool forward(const AttentionParams& params, ParallelFor parallel_for) {
   if (int64_t{params.batch} * params.heads * params.rows.num_queries == 0) return true;
+  if (Decode<M, T>::serves(params)) return decode<M, T>(params, parallel_for);
   Forward<M, T> job(params);
-  return run_tasks(job, job.part.tasks, parallel_for);
+  return run_tasks(job, job.part.tasks, parallel_for, job.part.rows * job.part.heads * params.head_dim * 64);
 }
 
 }  // namespace

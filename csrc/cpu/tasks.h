@@ -12,9 +12,10 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Runs task(0 .. count - 1), each once, on torch's threads: whoever is free takes the next one, so that tasks of
-// unequal length balance. Task(context, index, scratch of this thread).
+// unequal length balance. `work` is a task's multiply-adds, roughly: a few small ones are not worth waking threads for.
 template <class Job>
-bool run_tasks(Job& job, int64_t count, ParallelFor parallel_for) {
+bool run_tasks(Job& job, int64_t count, ParallelFor parallel_for, int64_t work) {
+  constexpr int64_t kLeastWork = 1 << 17;
   struct Context {
     Job& job;
     int64_t count;
@@ -22,7 +23,7 @@ bool run_tasks(Job& job, int64_t count, ParallelFor parallel_for) {
     std::atomic<bool> ok{true};
   } context{job, count};
   parallel_for(
-      count, 1,
+      count, work * count < kLeastWork ? count : 1,
       [](int64_t, int64_t, void* opaque) {
         Context& shared = *static_cast<Context*>(opaque);
         int64_t task = shared.next.fetch_add(1);
