@@ -24,6 +24,7 @@ struct Decode {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kMostRows = 16;  // queries times the heads that share a KV head
   static constexpr int kChunk = 1024;   // keys of a task
+  static constexpr int kAhead = 32;     // keys that are fetched before they are needed
   static constexpr int kPiece = 256;    // keys whose logits are formed before their values are read
 
   const AttentionParams& p;
@@ -101,8 +102,10 @@ struct Decode {
              Memory& m) const {
     const int count = keys.end - keys.begin;
     const T* key = row_of<T>(p.key, batch, kv_head, keys.begin);
-    for (int j = 0; j < count; j += kLanes)
+    for (int j = 0; j < count; j += kLanes) {
+      fetch(key + (j + kAhead) * p.key.token, p.key.token);
       dot_rows(key + j * p.key.token, smaller(kLanes, count - j), m.query, m.logits + j);
+    }
     const int padded = static_cast<int>(round_up(count, kLanes));
     for (int r = 0; r < rows; ++r) {
       const Range seen = m.visible[r].*which;
@@ -116,6 +119,12 @@ struct Decode {
     int r = 0;
     for (; r + 4 <= rows; r += 4) add_rows<4>(value, count, sum + r * cols, m.logits + r * kPiece);
     for (; r < rows; ++r) add_rows<1>(value, count, sum + r * cols, m.logits + r * kPiece);
+  }
+
+  // Asks for rows that are read soon; they may lie behind the tensor, where nothing happens.
+  void fetch(const T* row, int64_t stride) const {
+    for (int j = 0; j < kLanes; ++j)
+      for (int d = 0; d < p.head_dim; d += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + j * stride + d);
   }
 
   // Dot products of all queries with kLanes keys at once; absent keys give 0.
