@@ -12,7 +12,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 html_theme = "alabaster"
-html_theme_options = {"description": "Structure surgery for language models", "page_width": "1080px"}
+html_theme_options = {"description": "Structure surgery for language models", "page_width": "1280px"}
 html_sidebars = {"**": ["about.html", "searchbox.html", "navigation.html"]}
 html_show_copyright = False
 html_show_sourcelink = False
