@@ -281,7 +281,11 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = "GCC " __VERSION__;
 #endif
     info["cpu"] = LONGATTN_CPU_TARGETS;
+#ifdef LONGATTN_CUDA_ARCHS
+    info["cuda"] = LONGATTN_CUDA_ARCHS;
+#else
     info["cuda"] = pybind11::none();
+#endif
     return info;
   });
 }

@@ -4,10 +4,15 @@
 #include <cstdint>
 
 #include "band.h"
+#ifdef LONGATTN_EMULATED
 #include "simt.h"
+#else
+#include <driver_types.h>
+#endif
 
 namespace longattn::cuda {
 
+constexpr int kMostChannels = 256;
 constexpr int kMaxHeads = 256;                             // query heads whose shifts a launch can carry
 constexpr int64_t kMostIndex = (int64_t{1} << 31) - 1024;  // of tokens and blocks; leaves room for a tile's end
 
@@ -31,7 +36,7 @@ struct AttentionParams {
   const float* sink_logits;  // [heads] or null
   Rows rows;
   Band band;                  // but for the shift
-  int32_t shifts[kMaxHeads];  // of each query head, where the band is a group
+  int64_t shifts[kMaxHeads];  // of each query head, where the band is a group
   int32_t batch, heads, kv_heads, head_dim;
   float scale, softcap;  // logits are softcap * tanh(scale * dot / softcap), scale * dot where softcap is 0
   bool bf16;             // else fp16

@@ -78,7 +78,8 @@ cudaError_t choose(const BackwardParams& b, cudaStream_t stream) {
 
 cudaError_t window_attn_backward(const BackwardParams& b, cudaStream_t stream) {
   const AttentionParams& p = b.forward;
-  if (p.head_dim > 256 || p.heads > kMaxHeads || p.rows.num_keys > kMostIndex || p.rows.num_queries > kMostIndex)
+  if (p.head_dim > kMostChannels || p.heads > kMaxHeads || p.rows.num_keys > kMostIndex ||
+      p.rows.num_queries > kMostIndex)
     return cudaErrorInvalidValue;
   return p.bf16 ? choose<simt::Bf16>(b, stream) : choose<simt::Fp16>(b, stream);
 }

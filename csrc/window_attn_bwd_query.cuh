@@ -17,7 +17,7 @@ struct QueryPassPlan {
 
 template <class Traits>
 constexpr int query_pass_shared_bytes() {
-  return Traits::kTileBytes + Traits::kRows * static_cast<int>(sizeof(VisibleKeys)) +
+  return Traits::kTileBytes + Traits::kRows * static_cast<int>(sizeof(VisibleKeys) + sizeof(float)) +
          static_cast<int>(sizeof(QueryPassPlan));
 }
 
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
   SIMT_SHARED(shared);
   unsigned char* stages = shared + 2 * Traits::kRowTileBytes;
   VisibleKeys* visible = reinterpret_cast<VisibleKeys*>(shared + Traits::kTileBytes);
-  QueryPassPlan& plan = *reinterpret_cast<QueryPassPlan*>(visible + kRows);
+  float* deltas = reinterpret_cast<float*>(visible + kRows);
+  QueryPassPlan& plan = *reinterpret_cast<QueryPassPlan*>(deltas + kRows);
 
   const AttentionParams& p = b.forward;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_row = warp * Traits::kWarpRows;
@@ -53,7 +54,6 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
   for (int r = thread; r < kRows; r += kThreads) visible[r] = band.keys(first_query + smaller(r, rows - 1));
   __syncthreads();
   const KeyTiles tiles = RowBand::tiles_of(visible[0], visible[rows - 1], p.rows.sinks > 0, kColumns);
-  const int count = tiles.count();
   if (thread == 0)
     plan = {batch,
             head,
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
             tiles,
             Logits(p)};
   __syncthreads();
-  if (count > 0) {
+  if (tiles.count() > 0) {
     load_tile<kD, kRows, kThreads>(shared, head_rows(p.query, batch, head, num_queries, p.head_dim, p.aligned),
                                    first_query);
     load_tile<kD, kRows, kThreads>(shared + Traits::kRowTileBytes,
@@ -72,24 +72,30 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
     load_keys<Traits>(stages, plan, 0);
   }
 
-  RowStats own[Traits::kRowBlocks][2];  // rows past the end carry those of the last one; nothing of them is stored
+  // Half of the row's statistics in registers, half in shared memory: neither has room for all.
+  float lse2[Traits::kRowBlocks][2];
 #pragma unroll
   for (int r = 0; r < Traits::kRowBlocks; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_query + smaller(warp_row + 16 * r + 8 * half + lane / 4, rows - 1);
-      own[r][half] = b.stats[(static_cast<int64_t>(batch) * p.heads + head) * num_queries + row];
+      const int row = warp_row + 16 * r + 8 * half + lane / 4;  // past the end the last one's; nothing of it is stored
+      const RowStats own =
+          b.stats[(static_cast<int64_t>(batch) * p.heads + head) * num_queries + first_query + smaller(row, rows - 1)];
+      lse2[r][half] = own.lse2;
+      if (lane % 4 == 0) deltas[row] = own.delta;
     }
-  const auto stats = [&](int r, int half, int, int) { return own[r][half]; };
+  __syncwarp();
+  const float* own_deltas = deltas + warp_row + lane / 4;
+  const auto stats = [&](int r, int half, int, int) { return RowStats{lse2[r][half], own_deltas[16 * r + 8 * half]}; };
   const bool real = warp_row < rows;
   const WarpKeys keys{visible[warp_row], visible[warp_row + Traits::kWarpRows - 1]};
   BackwardWarp<Traits> state(shared, warp, lane);
   typename BackwardWarp<Traits>::Gradient gradient;
   state.clear(gradient);
 #pragma unroll 1
-  for (int t = 0; t < count; ++t) {
+  for (int t = 0; t < plan.tiles.count(); ++t) {
     const int begin = plan.tiles.begin(t), stage = t % Traits::kStages;
-    if (Traits::kStages == 2 && t + 1 < count) {
+    if (Traits::kStages == 2 && t + 1 < plan.tiles.count()) {
       load_keys<Traits>(stages, plan, t + 1);
       simt::cp_async_wait<1>();
     } else {
@@ -104,7 +110,7 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
       state.accumulate(gradient, state.dp, stage, 0);
     }
     __syncthreads();  // the stage is done with
-    if (Traits::kStages == 1 && t + 1 < count) load_keys<Traits>(stages, plan, t + 1);
+    if (Traits::kStages == 1 && t + 1 < plan.tiles.count()) load_keys<Traits>(stages, plan, t + 1);
   }
   if (!real) return;
   state.stage_rows(shared, gradient, p.scale, warp, lane);

@@ -24,7 +24,8 @@ cudaError_t choose(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t window_attn_forward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > 256 || p.heads > kMaxHeads || p.rows.num_keys > kMostIndex || p.rows.num_queries > kMostIndex)
+  if (p.head_dim > kMostChannels || p.heads > kMaxHeads || p.rows.num_keys > kMostIndex ||
+      p.rows.num_queries > kMostIndex)
     return cudaErrorInvalidValue;
   if (static_cast<int64_t>(p.batch) * p.heads * p.rows.num_queries == 0) return cudaSuccess;
   return p.bf16 ? choose<simt::Bf16>(p, stream) : choose<simt::Fp16>(p, stream);

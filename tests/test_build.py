@@ -44,10 +44,16 @@ def lines_of(result):
     return [line for line in result.stderr.splitlines() if "UserWarning: longattn was built without" in line]
 
 
-def test_cuda_is_an_error_without_cuda_sources(build):
-    result, note = build("cuda")
+def test_cuda_without_a_toolkit_is_an_error(build):
+    result, note = build("cuda", CUDA_HOME="no-such-toolkit")
     assert result.returncode and note is None
-    assert "LONGATTN_BUILD=cuda can't be had: this version has no CUDA sources" in result.stderr
+    assert "LONGATTN_BUILD=cuda can't be had: no CUDA toolkit" in result.stderr
+
+
+def test_auto_without_a_toolkit_says_so_in_one_line(build):
+    result, note = build("auto", CUDA_HOME="no-such-toolkit")
+    assert result.returncode == 0, result.stderr
+    assert len(lines_of(result)) == 1 and note == {"reason": None, "cuda": "no CUDA toolkit (nvcc and cuda_runtime.h)"}
 
 
 def test_an_unknown_mode_is_an_error(build):

@@ -14,6 +14,7 @@ __all__ = ["backward", "define_private", "forward", "why_not_compiled"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
+MOST_CUDA_HEADS = 256
 LARGEST_SIZE = 1 << 30
 OPTIONS = (
     "float scale, float softcap, int sink_tokens, Tensor? sink_logits, Tensor? cu_seqlens, Tensor? kv_start, "
@@ -38,6 +39,8 @@ def define_private(name: str, band_schema: str) -> None:
 
 def why_not_compiled(query: Tensor, key: Tensor, *args: Any) -> str | None:
     """Why the compiled kernels can't serve these tensors; None where they can."""
+    if query.device.type == "cuda":
+        return _why_not_cuda(query)
     head_dim = query.shape[-1]
     if query.dtype not in DTYPES:
         return f"compiled for float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
@@ -48,6 +51,19 @@ def why_not_compiled(query: Tensor, key: Tensor, *args: Any) -> str | None:
     module = dispatch.compiled_module()
     if query.device.type == "cpu" and module is not None and module.cpu_isa() == "none":
         return "this processor, or LONGATTN_CPU_ISA, allows neither AVX2 nor AVX-512"
+    return None
+
+
+def _why_not_cuda(query: Tensor) -> str | None:
+    """As `why_not_compiled`, of tensors on a GPU: the limits of csrc/window_attn.h."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"compiled for bfloat16 and float16 on CUDA, not {str(query.dtype).removeprefix('torch.')}"
+    if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[1] > MOST_CUDA_HEADS:
+        limits = f"head dims up to {LARGEST_HEAD_DIM} and {MOST_CUDA_HEADS} query heads"
+        return f"compiled for {limits}, not {query.shape[-1]} and {query.shape[1]}"
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < (8, 0):
+        return f"compiled for compute capability 8.0 and later, not {capability[0]}.{capability[1]}"
     return None
 
 

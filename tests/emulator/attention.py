@@ -37,7 +37,7 @@ class Band(ctypes.Structure):
 class Params(ctypes.Structure):
     _fields_ = [
         ("query", View), ("key", View), ("value", View), ("out", View), ("lse", POINTER), ("sink_logits", POINTER),
-        ("rows", Rows), ("band", Band), ("shifts", INT32 * MAX_HEADS), ("batch", INT32), ("heads", INT32),
+        ("rows", Rows), ("band", Band), ("shifts", INT64 * MAX_HEADS), ("batch", INT32), ("heads", INT32),
         ("kv_heads", INT32), ("head_dim", INT32), ("scale", FLOAT), ("softcap", FLOAT), ("bf16", ctypes.c_bool),
         ("aligned", ctypes.c_bool),
     ]  # fmt: skip
@@ -178,7 +178,7 @@ def _params(query: Tensor, key: Tensor, value: Tensor, out: Tensor, call: Call, 
         band = Band(left, right, 0, 0, False)
     else:
         band = Band(0, 0, call.group, 0, call.causal)
-    shifts = (INT32 * MAX_HEADS)(*call.shifts)
+    shifts = (INT64 * MAX_HEADS)(*call.shifts)
     scale = head_dim**-0.5 if call.scale is None else call.scale
     strides = [x.stride(i) for x in (query, key, value, out) for i in range(3)]
     aligned = head_dim % 8 == 0 and all(stride % 8 == 0 for stride in strides)
