@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,3 +39,13 @@ def src_is_untouched(src: Path) -> Iterator[None]:
     before = digests(src)
     yield
     assert digests(src) == before
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Any]:
+    """Four ranks that all tests of a session share; see `Ranks.run`."""
+    from distributed_ranks import Ranks
+
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()

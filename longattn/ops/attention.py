@@ -15,7 +15,7 @@ from longattn.ops.layout import empty_like_order
 from longattn.ops.rows import Rows
 from longattn.ops.scores import Job, accumulate_dtype
 
-__all__ = ["Bands", "define_attention", "options"]
+__all__ = ["Bands", "define_attention", "define_autocast", "options"]
 
 OPTIONS = (
     "float scale, float softcap, SymInt sink_tokens, Tensor? sink_logits, Tensor? cu_seqlens, Tensor? kv_start, "
@@ -127,7 +127,7 @@ def define_attention(
         return *grads, query.new_empty(0) if sink_logits is None else sink_logits.new_empty(sink_logits.shape)
 
     _define_autograd(op)
-    _define_autocast(op)
+    define_autocast(op)
 
 
 def _dense_channels(x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _define_autograd(op: str) -> None:
     torch.library.register_autograd(f"longattn::{op}_bwd", double_backward, lib=dispatch.library)
 
 
-def _define_autocast(op: str) -> None:
+def define_autocast(op: str) -> None:
     """Under autocast query, key and value are cast (float64 is left alone, as torch does), and nothing else."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
