@@ -92,9 +92,10 @@ def extension() -> dict:
         "include_dirs": include,
         "extra_compile_args": {"cxx": list(CXX_FLAGS)},
     }
-    if NO_CUDA is None:
-        cpp.CUDA_HOME = cuda_home()  # which torch leaves out where it has no CUDA itself
-        add_cuda(parts, cpp.CUDA_HOME)
+    home = cuda_home()
+    if NO_CUDA is None and home:
+        cpp.CUDA_HOME = home  # which torch leaves out where it has no CUDA itself
+        add_cuda(parts, home)
     compiled = cpp.CppExtension("longattn._C", **parts)
     return {"ext_modules": [compiled], "cmdclass": {"build_ext": cpp.BuildExtension, "build_py": BuildPy}}
 

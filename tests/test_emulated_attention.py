@@ -5,73 +5,17 @@ tests/emulator/full_matrix.py runs more of the same: every schedule, head dim an
 
 import pytest
 import torch
-from emulator.attention import Call, Emulated
-from emulator.build import ROOT, compile_cpp
+from emulator.attention import Call, build_driver
+from emulator.checks import ONE_HEAD_DIM, check, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import check_against_dense, visible_mask
 
-DRIVER = ROOT / "tests" / "emulator" / "attention_driver.cpp"
 RELAXED = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-def build(folder, *flags, source=DRIVER):
-    return Emulated(compile_cpp(folder, source, "-DLONGATTN_EMULATED", *flags, output="driver"), folder)
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulated"), "-O2")
-
-
-def mask_of(query, key, call, **rows):
-    band = {"window": call.window} if call.window else {"group": call.group, "shifts": call.shifts}
-    return visible_mask(
-        query.shape[0], query.shape[1], query.shape[2], key.shape[2], **band, causal=call.causal, sinks=call.sinks,
-        query_start=call.query_start, key_start=call.key_start, **rows,
-    )  # fmt: skip
-
-
-class Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, sink_logits, emulated, call, seed, rows):
-        out, lse = emulated.forward(query, key, value, call, sink_logits=sink_logits, seed=seed, **rows)
-        assert emulated.counters["bank_conflicts"] == 0
-        ctx.save_for_backward(query, key, value, sink_logits, out, lse)
-        ctx.rest = emulated, call, seed, rows
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        query, key, value, sink_logits, out, lse = ctx.saved_tensors
-        emulated, call, seed, rows = ctx.rest
-        grads = emulated.backward(
-            grad_out.contiguous(), grad_lse.contiguous(), (query, key, value), (out, lse), call,
-            sink_logits=sink_logits, seed=seed, **rows,
-        )  # fmt: skip
-        assert emulated.counters["bank_conflicts"] == 0
-        return *grads, *(None,) * (8 - len(grads))
-
-
-def check(emulated, query, key, value, call, sink_logits=None, seed=0, use_lse=True, **rows):
-    """Out, lse and all gradients against the float64 reference, by the project's tolerance."""
-
-    def attend(query, key, value, sink_logits):
-        return Attention.apply(query, key, value, sink_logits, emulated, call, seed, rows)
-
-    mask = mask_of(query, key, call, **rows)
-    options = dict(scale=call.scale, softcap=call.softcap, sink_logits=sink_logits, use_lse=use_lse, seed=seed)
-    check_against_dense(attend, query, key, value, mask, **options)
-
-
-def qkv(batch, heads, kv_heads, sq, sk, head_dim, dtype=torch.bfloat16, token_major=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((heads, sq), (kv_heads, sk), (kv_heads, sk))
-    if token_major:
-        made = (torch.randn(batch, s, h, head_dim, generator=generator).transpose(1, 2) for h, s in shapes)
-    else:
-        made = (torch.randn(batch, h, s, head_dim, generator=generator) for h, s in shapes)
-    return tuple(x.to(dtype) for x in made)
+    return build_driver(tmp_path_factory.mktemp("emulated"), "-O2")
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
@@ -187,20 +131,17 @@ def test_equal_calls_give_equal_bits_under_every_schedule(emulated):
         assert all(map(torch.equal, grads, emulated.backward(inputs[0], None, inputs, saved, call, seed=seed)))
 
 
-ONE_HEAD_DIM = ("-O1", "-g", "-DLONGATTN_ONLY_HEAD_DIM=32")
 SMALL = (qkv(1, 1, 1, 140, 140, 32), Call(window=(70, 0), sinks=2))
 
 
 @pytest.fixture(scope="module")
 def racing(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("thread"), *ONE_HEAD_DIM, "-fsanitize=thread")
+    return build_driver(tmp_path_factory.mktemp("thread"), *ONE_HEAD_DIM, "-fsanitize=thread")
 
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory):
-    return build(
-        tmp_path_factory.mktemp("address"), "-O1", "-g", "-fsanitize=address,undefined", "-DLONGATTN_ONLY_HEAD_DIM=32"
-    )
+    return build_driver(tmp_path_factory.mktemp("address"), *ONE_HEAD_DIM, "-fsanitize=address,undefined")
 
 
 def test_no_two_threads_race(racing):

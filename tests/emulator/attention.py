@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emulator.build import ROOT, compile_cpp
 from torch import Tensor
 
 INT64, INT32, FLOAT, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
@@ -141,6 +142,12 @@ class Emulated:
             parts.append(raw[at : at + size])
             at += size
         return parts
+
+
+def build_driver(folder: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Emulated:
+    """Compile the driver with the kernels of `csrc`; its files lie in `folder`."""
+    source = ROOT / "tests" / "emulator" / "attention_driver.cpp"
+    return Emulated(compile_cpp(folder, source, "-DLONGATTN_EMULATED", *flags, output="driver", csrc=csrc), folder)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INCLUDES = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}")
-FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *INCLUDES)
+FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'tests'}")
 
 
-def compile_cpp(folder: Path, source: Path, *flags: str, output: str | None = None) -> Path:
-    """Compile one file of C++ (or CUDA, as C++) into `folder`: a shared library, or a program where flags say so."""
+def compile_cpp(folder: Path, source: Path, *flags: str, output: str | None = None, csrc: Path = ROOT / "csrc") -> Path:
+    """Compile one file of C++ (or CUDA, as C++) into `folder`: the program `output`, or a shared library."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
     binary = folder / (output or f"{source.stem}.so")
     kind = () if output else ("-shared", "-fPIC")
-    command = [*compiler, *FLAGS, *kind, *flags, "-x", "c++", str(source), "-o", str(binary)]
+    command = [*compiler, *FLAGS, f"-I{csrc}", *kind, *flags, "-x", "c++", str(source), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr[:4000]}"
     return binary

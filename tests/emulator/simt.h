@@ -21,8 +21,20 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 #define __syncwarp() simt::sync_warp(__LINE__)
 
 #define SIMT_SHARED(name) unsigned char* name = simt::block->shared
+#ifdef LONGATTN_LIST_LAUNCHES  // says what would be launched
+#define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
+  ((void)(stream), (void)(grid), simt::list_launch<kernel>(threads, shared_bytes))
+namespace simt {
+template <auto kKernel>
+cudaError_t list_launch(dim3 threads, size_t shared_bytes) {
+  printf("%u %zu %s\n", threads.x, shared_bytes, __PRETTY_FUNCTION__);
+  return cudaSuccess;
+}
+}  // namespace simt
+#else
 #define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   ((void)(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
+#endif
 
 #define ldmatrix_x4(fragment, address) load_matrices<false>(fragment, address, __LINE__)
 #define ldmatrix_x4_trans(fragment, address) load_matrices<true>(fragment, address, __LINE__)
