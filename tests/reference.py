@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+import longattn
+
 FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -155,26 +157,36 @@ def check_against_dense(
     use_lse: bool = False,
     seed: int = 0,
 ) -> None:
-    """Compare attend(query, key, value, sink_logits) -> (out, lse), and all its gradients, with the dense reference."""
+    """Compare attend(query, key, value, sink_logits) -> (out, lse), and all its gradients, with the dense reference.
+
+    `attend` runs on the path that dispatch picks, and on the pure one too where that is another.
+    """
     dtype = query.dtype
     leaves = [x.detach().requires_grad_() for x in (query, key, value, *([] if sink_logits is None else [sink_logits]))]
-    out, lse = attend(*leaves, *([None] if sink_logits is None else []))
     generator = torch.Generator().manual_seed(seed)
-    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator).masked_fill(torch.isinf(lse), 0.0) * float(use_lse)
+    grad_out = torch.randn(query.shape, generator=generator).to(dtype)
+    visible = mask.any(-1) if sink_logits is None else torch.ones(query.shape[:3], dtype=torch.bool)
+    grad_lse = torch.randn(query.shape[:3], generator=generator).masked_fill(~visible, 0.0) * float(use_lse)
 
     def grads(out: Tensor, lse: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         loss = (out.double() * grad_out.double()).sum()
         loss = loss + (finite(lse).double() * grad_lse.double()).sum() if use_lse else loss
         return torch.autograd.grad(loss, inputs)
 
-    got = grads(out, lse, leaves)
+    def run() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, lse = attend(*leaves, *([None] if sink_logits is None else []))
+        return out.detach(), lse.detach(), grads(out, lse, leaves)
+
+    found = [run()]
+    if longattn.build_info()["compiled"] and dtype != torch.float64:
+        with longattn.force("pure"):
+            found.append(run())
 
     def run_dense(in_dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         inputs = [x.detach().to(in_dtype).requires_grad_() for x in leaves[:3]]
         sinks = None
         if sink_logits is not None:
-            rows = sink_logits.detach().to(in_dtype)[None, :, None].expand(lse.shape).contiguous()
+            rows = sink_logits.detach().to(in_dtype)[None, :, None].expand(query.shape[:3]).contiguous()
             inputs.append(rows.requires_grad_())
             sinks = inputs[3]
         o, m = dense(*inputs[:3], mask, scale=scale, softcap=softcap, sink_logits=sinks, dtype=in_dtype)
@@ -182,29 +194,46 @@ def check_against_dense(
 
     ref_out, ref_lse, ref = run_dense(torch.float64)
     low_out, low_lse, low = run_dense(dtype)
-    floor = FLOOR[dtype]
-    assert_close("out", out.detach(), ref_out, error(low_out, ref_out))
+    for result in found:
+        _assert_results(result, (ref_out, ref_lse, ref), (low_out, low_lse, low), scale, sink_logits, grad_out)
+
+
+Results = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # out, lse, gradients
+
+
+def _assert_results(
+    result: Results,
+    reference: Results,
+    in_dtype: Results,
+    scale: float | None,
+    sink_logits: Tensor | None,
+    grad_out: Tensor,
+) -> None:
+    """One path's results against the float64 reference, with what the same maths in the input dtype allows."""
+    (out, lse, got), (ref_out, ref_lse, ref), (low_out, low_lse, low) = result, reference, in_dtype
+    floor = FLOOR[out.dtype]
+    assert_close("out", out, ref_out, error(low_out, ref_out))
     low_error = error(finite(low_lse), finite(ref_lse))
     rows = math.sqrt(lse.numel())
-    assert_close("lse", lse.detach(), ref_lse, low_error, floor=floor, norm=max(rows, float(finite(ref_lse).norm())))
-    head_dim = query.shape[-1]
+    assert_close("lse", lse, ref_lse, low_error, floor=floor, norm=max(rows, float(finite(ref_lse).norm())))
+    head_dim = out.shape[-1]
     shared = dict(grad_value=ref[2], logit_norm=max(1.0, (scale or head_dim**-0.5) * math.sqrt(head_dim)))
     for name, a, b, c in zip(("grad_query", "grad_key", "grad_value"), got, ref, low, strict=False):
-        assert a.dtype == dtype, f"{name}: {a.dtype}"
+        assert a.dtype == out.dtype, f"{name}: {a.dtype}"
         assert_close(name, a, b, error(c, b), floor=floor, **shared)
     if sink_logits is not None:
         weight = (sink_logits.double()[None, :, None] - finite(ref_lse)).exp()
         terms = weight[..., None] * grad_out.double() * ref_out
         total = ref[3].sum((0, 2))
         assert got[3].dtype == sink_logits.dtype
-        floor = max(floor, FLOOR[sink_logits.dtype])
+        sink_floor = max(floor, FLOOR[sink_logits.dtype])
         low_error = error(low[3].double().sum((0, 2)), total)
         assert_close(
             "grad_sink_logits",
             got[3],
             total,
             low_error,
-            floor=floor,
+            floor=sink_floor,
             norm=float(terms.detach().norm() + ref[3].norm()),
             **shared,
         )

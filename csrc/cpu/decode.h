@@ -108,7 +108,8 @@ struct Decode {
     }
     const int padded = static_cast<int>(round_up(count, kLanes));
     for (int r = 0; r < rows; ++r) {
-      const Range seen = m.visible[r].*which;
+      Range seen = m.visible[r].*which;
+      seen.end = smaller(seen.end, keys.end);
       const float shrink = softmax_row<V>(m.logits + r * kPiece, m.logits + r * kPiece, padded, seen.begin - keys.begin,
                                           seen.end - keys.begin, scale, state + r);
       if (shrink == 1.0f) continue;
