@@ -48,15 +48,28 @@ bool has(int isa) {
   return isa == kNone;
 }
 
+// Intel's processors take two cycles for a bfloat16 dot product: converting to float32 is as fast and more exact.
+bool has_slow_dot() {
+#ifdef LONGATTN_X86_KERNELS
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // The best instruction set that the processor has and the variable allows; a name that is none allows all.
 int find_isa() {
   int cap = kCount - 1;
+  bool named = false;
   if (const char* name = std::getenv("LONGATTN_CPU_ISA"))
     for (int isa = 0; isa < kCount; ++isa)
-      if (std::strcmp(name, kNames[isa]) == 0) cap = isa;
+      if (std::strcmp(name, kNames[isa]) == 0) {
+        cap = isa;
+        named = true;
+      }
   int best = kNone;
   while (best < cap && has(best + 1)) ++best;
-  return best;
+  return best == kAvx512Bf16 && !named && has_slow_dot() ? kAvx512 : best;
 }
 
 int isa() {
