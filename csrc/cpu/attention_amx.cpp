@@ -16,6 +16,7 @@
 #include "tasks.h"
 
 #ifdef LONGATTN_AMX_KERNELS
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside immintrin.h
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
 #include "amx.h"
 #include "backward.h"

@@ -16,6 +16,7 @@
 #include "tasks.h"
 
 #ifdef LONGATTN_X86_KERNELS
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside immintrin.h
 #pragma GCC target("avx2,fma,f16c")
 #include "backward.h"
 #include "fma.h"

@@ -17,6 +17,7 @@
 #include "tasks.h"
 
 #ifdef LONGATTN_X86_KERNELS
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside immintrin.h
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "backward.h"
 #include "forward.h"
