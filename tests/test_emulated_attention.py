@@ -67,7 +67,7 @@ def test_results_and_gradients_are_right_for_features_in_combination(emulated, c
     shape, call, sink_logits, rows = case
     dtype = torch.float16 if half else torch.bfloat16
     query, key, value = qkv(*shape, head_dim, dtype, token_major, seed=seed)
-    check(emulated, query, key, value, call, sink_logits, seed, **rows)
+    check(emulated, query, key, value, call, sink_logits, seed=seed, **rows)
 
 
 def test_rows_that_see_no_key_give_zero_and_minus_infinity(emulated):
