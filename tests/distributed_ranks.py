@@ -18,11 +18,11 @@ TIMEOUT = timedelta(seconds=20)
 
 
 class RankError(AssertionError):
-    """What ranks raised: rank -> traceback."""
+    """What ranks raised: rank -> traceback, and what the others answered."""
 
-    def __init__(self, errors: dict[int, str]) -> None:
+    def __init__(self, errors: dict[int, str], answers: dict[int, Any]) -> None:
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
-        self.errors = errors
+        self.errors, self.answers = errors, answers
 
 
 class Ranks:
@@ -67,7 +67,7 @@ class Ranks:
                     kind, answer = "error", "the process ended"
                 (answers if kind == "value" else errors)[rank] = answer
         if errors:
-            raise RankError(dict(sorted(errors.items())))
+            raise RankError(dict(sorted(errors.items())), answers)
         return [answers[rank] for rank in range(ranks)]
 
     def stop(self) -> None:

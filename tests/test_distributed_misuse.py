@@ -1,0 +1,88 @@
+"""What goes wrong on one rank is an error on all of them, and never a wrong gradient."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import distributed_misuse as misuse
+import pytest
+import torch
+from distributed_ranks import RankError, Ranks
+
+WINDOW = dict(window_size=4)
+DIFFERENT = {
+    "window_size": (WINDOW, dict(window_size=5)),
+    "group_size": (dict(group_size=4), dict(group_size=6)),
+    "shift": (dict(group_size=4), dict(group_size=4, shift=2)),
+    "sink_tokens": (WINDOW, dict(sink_tokens=2)),
+    "softcap": (WINDOW, dict(softcap=3.0)),
+    "scale": (WINDOW, dict(scale=0.5)),
+    "dtype": (WINDOW, dict(dtype=torch.float64)),
+    "offsets": (WINDOW, dict(tokens=9)),
+    "cu_seqlens": (
+        dict(window_size=4, cu_seqlens=torch.tensor([0, 5, 16], dtype=torch.int32)),
+        dict(cu_seqlens=torch.tensor([0, 6, 16], dtype=torch.int32)),
+    ),
+}
+REFUSED = {
+    "window_size must hold at least 1 key": dict(window_size=0),
+    "window_size must be an int": dict(window_size="4"),
+    "offsets must be 3 positions for 2 ranks": dict(offsets=[0, 16]),
+    "query must have the shard's 9 tokens": dict(offsets=[0, 7, 16]),
+    "cu_seqlens must be borders in the whole sequence": dict(cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)),
+    "cu_seqlens must be an int32 tensor": dict(cu_seqlens=torch.tensor([0, 16])),
+    "kv_start can't be given together with sink_tokens": dict(
+        kv_start=torch.tensor([0], dtype=torch.int32), sink_tokens=1
+    ),
+    "softcap must be >= 0": dict(softcap=-1.0),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_arguments_that_differ_are_an_error_on_every_rank(gloo, name):
+    heard = gloo.run(2, misuse.on_rank_1, *DIFFERENT[name])
+    assert len(set(heard)) == 1 and name in heard[0], heard
+    assert "all ranks must be given the same" in heard[0] and "on rank 1" in heard[0]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_arguments_that_one_rank_refuses_are_an_error_on_every_rank(gloo, text):
+    heard = gloo.run(2, misuse.on_rank_1, dict(window_size=7), REFUSED[text])
+    assert all(text in one for one in heard), heard
+    assert "rank 1 of the group refused its arguments" in heard[0]
+
+
+def test_different_functions_are_an_error_on_every_rank(gloo):
+    heard = gloo.run(2, misuse.on_rank_1, WINDOW, dict(window_size=None, group_size=4))
+    assert all("all ranks must be given the same function, got window_attention" in one for one in heard), heard
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("skips", "ranks [1] of the group did not make this call"),
+        ("skips backward", "RuntimeError"),
+        ("is killed", "ranks [1] of the group did not make this call"),
+        ("is killed in backward", "RuntimeError"),
+    ],
+)
+def test_a_rank_that_leaves_ends_the_others_with_a_message(how, text):
+    ranks = Ranks(2, timedelta(seconds=4))
+    try:
+        answers = dict(enumerate(ranks.run(2, misuse.some_leave, how)))
+    except RankError as error:
+        assert error.errors == {1: "the process ended"}, error
+        answers = error.answers
+    finally:
+        ranks.stop()
+    assert text in answers[0], answers
+
+
+def test_calls_that_were_compared_before_and_are_mixed_up_train_nothing():
+    ranks = Ranks(2, timedelta(seconds=4))
+    try:
+        with pytest.raises(RankError) as caught:  # gloo ends a process that is sent more than it expects
+            ranks.run(2, misuse.some_leave, "another known call")
+        assert "nothing" not in caught.value.answers.values()
+    finally:
+        ranks.stop()
