@@ -42,7 +42,7 @@ def short_name(name: str) -> str:
     assert found, name
     rest = name[name.index(found[1]) + len(found[1]) :]
     arguments = rest.partition(">(")[0] if "kKernel = " not in name else rest.rpartition("]")[0].partition("(")[0]
-    return " ".join([found[1], *re.findall(r"\b(?:Bf16|Fp16|true|false|\d+)\b", arguments)])
+    return " ".join([found[1], *re.findall(r"\b(?:Float32|BFloat16|Float16|Bf16|Fp16|true|false|\d+)\b", arguments)])
 
 
 def cuobjdump() -> str:

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "rope.h"
 #include "window_attn.h"
 
 // Absent from a torch without CUDA, and from its headers: weak, so that one binary loads with either.
@@ -31,7 +32,7 @@ struct CurrentStream {
   cudaStream_t stream = nullptr;
 
   explicit CurrentStream(const Tensor& x) : guard(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "attention: this torch was built without CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
@@ -39,7 +40,7 @@ struct CurrentStream {
 };
 
 void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "attention: ", what, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
 // A (B, H, S, D) tensor of an attention call; batch, D and dtype are the query's.
@@ -139,7 +140,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
              const Tensor& out, const Tensor& lse) {
   const AttentionParams p = params_of(query, key, value, out, lse, options, bands);
   const CurrentStream current(query);
-  check(longattn::cuda::window_attn_forward(p, current.stream), "forward");
+  check(longattn::cuda::window_attn_forward(p, current.stream), "attention forward");
 }
 
 // The tensors of a backward op around its inputs and options.
@@ -172,7 +173,65 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
   Tensor sums = torch::stable::new_empty(t.query, {sizes.sink_sums_bytes}, ScalarType::Byte);
   b.stats = static_cast<longattn::cuda::RowStats*>(stats.mutable_data_ptr());
   b.sink_sums = static_cast<float*>(sums.mutable_data_ptr());
-  check(longattn::cuda::window_attn_backward(b, current.stream), "backward");
+  check(longattn::cuda::window_attn_backward(b, current.stream), "attention backward");
+}
+
+// Query or key with its output.
+longattn::cuda::RopeTensor rope_tensor(const Tensor& x, const Tensor& out, const Tensor& query) {
+  for (const Tensor* each : {&x, &out}) {
+    STD_TORCH_CHECK(each->dim() == 4 && each->scalar_type() == query.scalar_type() &&
+                        each->get_device_index() == query.get_device_index() && each->size(0) == query.size(0) &&
+                        each->size(1) == x.size(1) && each->size(2) == query.size(2) && each->size(3) == query.size(3),
+                    "apply_rope: query, key and outputs must be (B, H, S, D) of one dtype on one device");
+    STD_TORCH_CHECK(each->size(3) <= 1 || each->stride(3) == 1, "apply_rope: channels must be contiguous");
+  }
+  return {x.const_data_ptr(),
+          out.mutable_data_ptr(),
+          x.size(1),
+          {x.stride(0), x.stride(1), x.stride(2)},
+          {out.stride(0), out.stride(1), out.stride(2)}};
+}
+
+// cos or sin, (S, half) or (B or 1, S, half): its strides along the batch and the tokens.
+const float* rope_table(const Tensor& table, const Tensor& query, int64_t half, int64_t (&stride)[2]) {
+  const int64_t dims = table.dim();
+  STD_TORCH_CHECK(dims == 2 || dims == 3, "apply_rope: cos and sin must be (S, w) or (B, S, w)");
+  const int64_t rows = dims == 3 ? table.size(0) : 1;
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.size(dims - 1) == half &&
+                      table.size(dims - 2) == query.size(2) && (rows == 1 || rows == query.size(0)) &&
+                      table.get_device_index() == query.get_device_index() &&
+                      (half <= 1 || table.stride(dims - 1) == 1),
+                  "apply_rope: cos and sin must be float32 (S, w) or (B, S, w) with contiguous columns");
+  stride[0] = rows == 1 ? 0 : table.stride(0);
+  stride[1] = table.stride(dims - 2);
+  return table.const_data_ptr<float>();
+}
+
+longattn::cuda::RopeElement rope_element(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return longattn::cuda::RopeElement::kFloat32;
+  if (x.scalar_type() == ScalarType::BFloat16) return longattn::cuda::RopeElement::kBFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half,
+                  "apply_rope: compiled for float32, bfloat16 and float16 only on CUDA");
+  return longattn::cuda::RopeElement::kFloat16;
+}
+
+void rope_fwd(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
+              bool inverse, Tensor query_out, Tensor key_out) {
+  longattn::cuda::RopeParams p{};
+  p.tensors[0] = rope_tensor(query, query_out, query);
+  p.tensors[1] = rope_tensor(key, key_out, query);
+  p.half = cos.size(cos.dim() - 1);
+  STD_TORCH_CHECK(2 * p.half <= query.size(3), "apply_rope: cos must have at most D / 2 columns, got ", p.half);
+  p.cos = rope_table(cos, query, p.half, p.cos_stride);
+  p.sin = rope_table(sin, query, p.half, p.sin_stride);
+  p.batch = query.size(0);
+  p.tokens = query.size(2);
+  p.head_dim = query.size(3);
+  p.element = rope_element(query);
+  p.interleaved = interleaved;
+  p.inverse = inverse;
+  const CurrentStream current(query);
+  check(longattn::cuda::rope_forward(p, current.stream), "apply_rope");
 }
 
 void window_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int64_t left, int64_t right, double scale,
@@ -215,6 +274,7 @@ void group_bwd(const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(longattn, CUDA, m) {
+  m.impl("_rope_fwd", TORCH_BOX(&rope_fwd));
   m.impl("_window_fwd", TORCH_BOX(&window_fwd));
   m.impl("_window_bwd", TORCH_BOX(&window_bwd));
   m.impl("_group_fwd", TORCH_BOX(&group_fwd));

@@ -69,6 +69,7 @@ __device__ __forceinline__ void cp_async8(uint32_t destination, const void* sour
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(destination), "l"(source), "r"(valid ? 8 : 0)
                : "memory");
 }
+__device__ __forceinline__ Chunk load_chunk(const void* source) { return *static_cast<const Chunk*>(source); }
 __device__ __forceinline__ void store_chunk(void* destination, const Chunk& chunk) {
   *static_cast<Chunk*>(destination) = chunk;
 }
@@ -129,6 +130,8 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
 #define mma_add(Type, sum, a, b0, b1) multiply<Type, true>(sum, a, b0, b1)
 #define mma_set(Type, sum, a, b0, b1) multiply<Type, false>(sum, a, b0, b1)
 
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; 0 for -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

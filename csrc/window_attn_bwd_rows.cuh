@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kStatsThreads) window_attn_row_stats(const __g
     float dot = 0.0f;
     for (int c = lane * 8; exists && c < p.head_dim; c += 64) {
       if (p.aligned) {
-        const simt::Chunk left = *reinterpret_cast<const simt::Chunk*>(x + c);
-        const simt::Chunk right = *reinterpret_cast<const simt::Chunk*>(y + c);
+        const simt::Chunk left = simt::load_chunk(x + c);
+        const simt::Chunk right = simt::load_chunk(y + c);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           dot += Type::low(left.word[i]) * Type::low(right.word[i]);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.ops import dispatch
+from longattn.ops.compiled import why_not_card
 from longattn.ops.layout import empty_in_order, empty_like_order, is_token_major
 
 __all__ = ["apply_rope"]
@@ -131,11 +132,13 @@ def _check_table(name: str, table: Tensor, query: Tensor) -> None:
 
 
 def _why_not_compiled(query: Tensor, key: Tensor, *_: Any) -> str | None:
-    if query.dtype not in COMPILED_DTYPES:
-        return f"compiled for float32 and bfloat16, not {str(query.dtype).removeprefix('torch.')}"
+    on_cpu = query.device.type == "cpu"
+    if query.dtype not in COMPILED_DTYPES and (on_cpu or query.dtype != torch.float16):
+        served = "float32 and bfloat16" if on_cpu else "float32, bfloat16 and float16"
+        return f"compiled for {served}, not {str(query.dtype).removeprefix('torch.')}"
     if query.shape[-1] > 1 and (query.stride(-1) != 1 or key.stride(-1) != 1):
         return "the channels of query or key are not contiguous"
-    return None
+    return None if on_cpu else why_not_card(query.device)
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from longattn.ops import dispatch
 from longattn.ops.layout import empty_like_order
 
-__all__ = ["backward", "define_private", "forward", "why_not_compiled"]
+__all__ = ["backward", "define_private", "forward", "why_not_card", "why_not_compiled"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -61,7 +61,12 @@ def _why_not_cuda(query: Tensor) -> str | None:
     if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[1] > MOST_CUDA_HEADS:
         limits = f"head dims up to {LARGEST_HEAD_DIM} and {MOST_CUDA_HEADS} query heads"
         return f"compiled for {limits}, not {query.shape[-1]} and {query.shape[1]}"
-    capability = torch.cuda.get_device_capability(query.device)
+    return why_not_card(query.device)
+
+
+def why_not_card(device: torch.device) -> str | None:
+    """Why the CUDA kernels can't run on a card; None where they can."""
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"compiled for compute capability 8.0 and later, not {capability[0]}.{capability[1]}"
     return None

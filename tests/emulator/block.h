@@ -25,7 +25,7 @@ struct Counters {
   int64_t ldmatrix = 0;
   int64_t bank_conflicts = 0;  // extra cycles of shared memory accesses of 16 bytes a lane
   int64_t barriers = 0;
-  int64_t bytes_read = 0;  // of global memory, by cp.async
+  int64_t bytes_read = 0;  // of global memory, by cp.async and load_chunk
   int64_t bytes_written = 0;
 };
 

@@ -1,6 +1,7 @@
 // Prints threads, bytes of shared memory and name of every kernel that can be launched: for the budgets of .ci/cuda.
 #define LONGATTN_EMULATED
 #define LONGATTN_LIST_LAUNCHES
+#include "rope.cu"
 #include "window_attn_bwd.cu"
 #include "window_attn_fwd.cu"
 
@@ -19,4 +20,15 @@ int main() {
       b.sink_keys = b.sink_chunks = 1;
       if (window_attn_forward(p, nullptr) != cudaSuccess || window_attn_backward(b, nullptr) != cudaSuccess) return 1;
     }
+  for (const RopeElement element : {RopeElement::kFloat32, RopeElement::kBFloat16, RopeElement::kFloat16})
+    for (const bool interleaved : {false, true})
+      for (const int half : {1, 8}) {
+        RopeParams p{};
+        p.batch = p.tokens = p.tensors[0].heads = 1;
+        p.half = half;
+        p.head_dim = 2 * half;
+        p.element = element;
+        p.interleaved = interleaved;
+        if (rope_forward(p, nullptr) != cudaSuccess) return 1;
+      }
 }

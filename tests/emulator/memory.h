@@ -60,6 +60,14 @@ inline void cp_async16(uint32_t destination, const void* source, bool valid) {
 }
 inline void cp_async8(uint32_t destination, const void* source, bool valid) { cp_async<8>(destination, source, valid); }
 
+inline Chunk load_chunk(const void* source) {
+  if (reinterpret_cast<uintptr_t>(source) % 16) fail("misaligned global address");
+  {
+    Unwatched unwatched;
+    counters.bytes_read += 16;
+  }
+  return *static_cast<const Chunk*>(source);
+}
 inline void store_chunk(void* destination, const Chunk& chunk) {
   if (reinterpret_cast<uintptr_t>(destination) % 16) fail("misaligned global address");
   *static_cast<Chunk*>(destination) = chunk;

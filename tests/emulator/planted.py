@@ -50,7 +50,7 @@ MORE_BUGS = {
     ),
     "maximum of half of a row": Bug(FORWARD, "top = fmaxf(top, simt::shfl_xor(top, 2));", "", "exceeds"),
     "too little shared memory": Bug(
-        FORWARD, "kSharedBytes = kQueryBytes", "kSharedBytes = -kQueryBytes + kQueryBytes", "shared memory"
+        FORWARD, "kSharedBytes = kQueryBytes", "kSharedBytes = -32 + kQueryBytes", "AddressSanitizer", ADDRESS
     ),
     "no barrier after a stage": Bug(
         "window_attn_bwd_key.cuh", "__syncthreads();  // the stage and the rows' ranges are done with", "",

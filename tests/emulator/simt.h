@@ -58,6 +58,12 @@ struct Fp16 {
   static uint32_t pack(float low, float high) { return Float16::store(low) | uint32_t{Float16::store(high)} << 16; }
 };
 
+inline float as_float(uint32_t bits) { return bits_to_float(bits); }
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float divide_fast(float a, float b) { return a / b; }
 
