@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longattn import distributed
+from longattn.distributed import agreement
 
 
 def shards(group: dist.ProcessGroup, tokens: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -38,6 +39,7 @@ def on_rank_1(group: dist.ProcessGroup, common: dict[str, Any], other: dict[str,
 def some_leave(group: dist.ProcessGroup, how: str) -> str:
     """What a rank hears when rank 1 does not do its part."""
     rank = dist.get_rank(group)
+    dist.barrier(group)  # all have started
     query, key, value = shards(group)
     if how == "another known call":  # both calls have been compared before
         for window in (4, 6):
@@ -57,3 +59,18 @@ def some_leave(group: dist.ProcessGroup, how: str) -> str:
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def skips_one(group: dist.ProcessGroup) -> str:
+    """What a rank hears when rank 1 has left out a call and goes on with the next."""
+    log = agreement._logs[group]
+    tensors = shards(group)
+    for skipped in (True, False):
+        if skipped and dist.get_rank(group) == 1:
+            log.calls["forward"] -= 1  # as if its own call had not been made
+        try:
+            distributed.window_attention(*tensors, 4, group=group)
+        except ValueError as error:
+            heard = str(error)
+            log.calls["forward"] += dist.get_rank(group) if skipped else 0
+    return heard

@@ -109,7 +109,7 @@ def window_attention(
         _check_local(op, query, key, value)
         return plain_window._prepare(query, key, value, window_size, *rest)
 
-    args = _or_refuse(pg, op, prepare)
+    args = _or_refuse(pg, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_window_attention.default(
         *args[:5], *_shards(offsets, pg), *args[5:9], cu_seqlens, kv_start
     )
@@ -185,7 +185,7 @@ def group_attention(
         args = plain_group._prepare(query, key, value, group_size, 0, causal, *rest)
         return *args[:4], list(shift), *args[5:]
 
-    args = _or_refuse(pg, op, prepare)
+    args = _or_refuse(pg, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_group_attention.default(
         *args[:6], *_shards(offsets, pg), *args[6:10], cu_seqlens, kv_start
     )
@@ -202,15 +202,17 @@ def _check_local(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be this rank's shard, got a DTensor; call to_local(), or use local_map")
 
 
-def _or_refuse(group: dist.ProcessGroup, op: str, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+def _or_refuse(
+    group: dist.ProcessGroup, op: str, query: Tensor, prepare: Callable[[], tuple[Any, ...]]
+) -> tuple[Any, ...]:
     """What `prepare` returns; other ranks hear of what it raises."""
     if torch.compiler.is_compiling():
         return prepare()
     try:
         return prepare()
     except (TypeError, ValueError) as error:
-        refuse(group, op, error)
-        raise
+        device = query.device.type if isinstance(query, Tensor) else "cpu"
+        refuse(group, device, op, error)
 
 
 def _window_of_heads(band: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from longattn.distributed.agreement import Calling
 from longattn.distributed.plan import HeadSet, Need, pieces, rows_from
 from longattn.ops.scores import accumulate_dtype
 
@@ -27,13 +26,9 @@ class Flight:
     received: Tensor
     sent: Tensor
     work: dist.Work
-    calling: Calling
 
     def arrived(self) -> Tensor:
-        if self.sent.device.type == "cpu":
-            self.calling.wait(self.work)
-        else:
-            self.work.wait()
+        self.work.wait()
         return self.received
 
 
@@ -87,7 +82,7 @@ class Exchange:
             first += need.tokens
         return found
 
-    def launch(self, key: Tensor, value: Tensor, to: Tensor, calling: Calling) -> Flight:
+    def launch(self, key: Tensor, value: Tensor, to: Tensor, group: dist.ProcessGroup) -> Flight:
         """Start to send this shard's keys and values (B, Hkv, S, D) where they are needed, and to receive into `to`."""
         sent = self.sent_pieces
         splits = [sum(b - a for a, b in ranges) for ranges in sent]
@@ -97,13 +92,13 @@ class Exchange:
             for index, x in enumerate((key, value)):
                 rows[first : first + b - a, index].copy_(x[:, heads, a:b].permute(2, 0, 1, 3))
             first += b - a
-        return _start(to, rows, self.received_rows, splits, calling)
+        return _start(to, rows, self.received_rows, splits, group)
 
-    def launch_back(self, rows: Tensor, calling: Calling) -> Flight:
+    def launch_back(self, rows: Tensor, group: dist.ProcessGroup) -> Flight:
         """Start to send the gradients of the received rows back to their owners."""
         splits = [sum(b - a for a, b in ranges) for ranges in self.sent_pieces]
         to = rows.new_empty((sum(splits), *rows.shape[1:]))
-        return _start(to, rows, splits, self.received_rows, calling)
+        return _start(to, rows, splits, self.received_rows, group)
 
     def add_back_(self, rows: Tensor, grad_key: Tensor, grad_value: Tensor) -> None:
         """Add what came back to the gradients of this shard's keys and values, by rank, in the accumulation dtype."""
@@ -133,6 +128,6 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _start(to: Tensor, rows: Tensor, received: list[int], sent: list[int], calling: Calling) -> Flight:
-    work = dist.all_to_all_single(to, rows, received, sent, group=calling.group, async_op=True)
-    return Flight(to, rows, work, calling)
+def _start(to: Tensor, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Flight:
+    work = dist.all_to_all_single(to, rows, received, sent, group=group, async_op=True)
+    return Flight(to, rows, work)

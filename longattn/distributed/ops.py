@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.distributed.agreement import Calling, agree, refuse, repeat
+from longattn.distributed.agreement import agree, refuse
 from longattn.distributed.call import Call, Pattern
 from longattn.distributed.exchange import Exchange
 from longattn.ops import dispatch
@@ -59,18 +59,17 @@ def define_sharded(pattern: Pattern, band_schema: str) -> None:
             call.check(query, key, value)
             call.check_documents()
         except (TypeError, ValueError) as error:
-            refuse(call.group, pattern.op, error)
-            raise
-        calling = agree(call.group, pattern.op, call.signature(query, key))
-        return _forward(call, calling, query, key, value)
+            refuse(call.group, query.device.type, pattern.op, error)
+        agree(call.group, "forward", query.device.type, pattern.op, call.signature(query, key))
+        return _forward(call, query, key, value)
 
     def backward(
         grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, lse, remote, *args = rest
         call = Call(pattern, query, key, tuple(args))
-        calling = repeat(call.group, pattern.op, call.signature(query, key))
-        return _backward(call, calling, (grad_out, query, key, value, out, lse), grad_lse, remote)
+        agree(call.group, "backward", query.device.type, pattern.op, call.signature(query, key))
+        return _backward(call, (grad_out, query, key, value, out, lse), grad_lse, remote)
 
     dispatch.implement(op, forward)
     dispatch.implement(f"{op}_bwd", backward)
@@ -106,11 +105,11 @@ def _rows(remote: Tensor, exchanges: list[Exchange], key: Tensor) -> list[Tensor
     return [remote[end - size : end].view(shape) for shape, size, end in zip(shapes, sizes, ends, strict=True)]
 
 
-def _forward(call: Call, calling: Calling, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     exchanges = call.exchanges(query, key)
     remote = key.new_empty(call.remote_size(query, key))
     rows = _rows(remote, exchanges, key)
-    flights = [x.launch(key, value, to, calling) for x, to in zip(exchanges, rows, strict=True)]
+    flights = [x.launch(key, value, to, call.group) for x, to in zip(exchanges, rows, strict=True)]
     if query.shape[2]:
         out, lse = _plain(call)(query, key, value, *call.own(query))
     else:
@@ -138,7 +137,7 @@ def _join_(out: Tensor, lse: Tensor, far_out: Tensor, far_lse: Tensor) -> None:
 
 
 def _backward(
-    call: Call, calling: Calling, inputs: tuple[Tensor, ...], grad_lse: Tensor | None, remote: Tensor
+    call: Call, inputs: tuple[Tensor, ...], grad_lse: Tensor | None, remote: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_out, query, key, value, out, lse = inputs
     exchanges = call.exchanges(query, key)
@@ -156,7 +155,7 @@ def _backward(
             to_key.copy_(grad_key)
             to_value.copy_(grad_value)
             far_queries.append((index, share))
-        flights.append(exchange.launch_back(grads, calling))
+        flights.append(exchange.launch_back(grads, call.group))
     if query.shape[2]:
         own = call.own(query)
         grad_query, grad_key, grad_value, grad_sinks = run(grad_out, grad_lse, query, key, value, out, lse, *own)
