@@ -98,7 +98,8 @@ def test_dropped_keys_are_freed_at_once():
     whole = []
 
     def note(module, args, kwargs):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        held = kwargs["cache" if "cache" in kwargs else "past_key_values"]  # transformers 5.24 renamed it
+        layer = held.layers[module.layer_idx]
         update = type(layer).update
 
         def watch(keys, values, *rest):

@@ -1,5 +1,7 @@
 """Models whose rotary embedding can't be swapped: each refused by name, and left as it was."""
 
+import functools
+
 import pytest
 import torch
 from fused_helpers import state_of
@@ -54,6 +56,13 @@ def replace_class(model):
     model.model.layers[3].self_attn.__class__ = type("Own", (modeling_llama.LlamaAttention,), {"forward": print})
 
 
+def decorate_forward(model):
+    """As a decorator would that keeps what it wraps elsewhere than in its closure."""
+    held = [modeling_llama.LlamaAttention.forward]
+    forward = functools.wraps(held[0])(lambda *args, **kwargs: held[0](*args, **kwargs))
+    model.model.layers[3].self_attn.__class__ = type("Own", (modeling_llama.LlamaAttention,), {"forward": forward})
+
+
 def replace_rotary(model):
     model.model.rotary_emb = nn.Identity()
 
@@ -64,6 +73,7 @@ def replace_rotary(model):
         (edit_config, "model.rotary_emb does not turn by the frequencies of config.rope_parameters .*500000"),
         (replace_forward, "a LlamaAttention has another forward than its class"),
         (replace_class, "the forward of Own does not call apply_rotary_pos_emb once"),
+        (decorate_forward, "the forward of Own does not call apply_rotary_pos_emb once"),
         (replace_rotary, "a llama of 4 layers must have a rotary module and as many attention modules, got 0 and 4"),
     ],
 )

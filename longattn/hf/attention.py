@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from longattn.pattern import Pattern
 __all__ = ["calls_seen", "longattn_attention", "pattern_now"]
 
 _seen: ContextVar[list[tuple[nn.Module, Pattern]] | None] = ContextVar("longattn_seen", default=None)
-_GENERATE = getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__  # a decorator's code is that of all that it decorates
 
 
 def longattn_attention(

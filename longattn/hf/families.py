@@ -174,8 +174,8 @@ def serving_patterns(config: PreTrainedConfig) -> list[Pattern]:
 
 # Architectures whose attention transformers' AttentionInterface does not reach.
 NOT_HOOKED = frozenset(
-    "big_bird bloom clvp codegen cpmant falcon falcon_mamba gpt_neo gpt_neox_japanese gptj mamba mamba2 "
-    "megatron-bert mpt openai-gpt reformer rembert roformer rwkv trocr xglm xlm xlnet xlstm".split()
+    "big_bird bloom clvp cpmant falcon falcon_mamba gpt_neo gpt_neox_japanese mamba mamba2 megatron-bert mpt "
+    "openai-gpt reformer rembert roformer rwkv trocr xglm xlm xlnet xlstm".split()
 )
 NOT_SERVED = {
     "its keys are compressed (MLA), and one rotated part of them is shared by all heads": (

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from itertools import pairwise
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -162,16 +163,30 @@ def _from_bits(table: Tensor) -> Tensor:
 
 def rotates_once(cls: type[nn.Module]) -> bool:
     """Whether a class's forward is plain code that reads the global `apply_rotary_pos_emb` in one place."""
-    forward = getattr(cls, "forward", None)
-    if not isinstance(forward, FunctionType):
+    chain = _decorated(cls)
+    if not all(isinstance(function, FunctionType) for function in chain):
         return False
-    reads = [step.opname for step in dis.get_instructions(forward) if step.argval == STOCK_APPLY]
-    return len(reads) == 1 and reads[0].startswith("LOAD_GLOBAL") and STOCK_APPLY in forward.__globals__
+    if not all(_holds(outer, inner) for outer, inner in pairwise(chain)):
+        return False
+    reads = [step.opname for step in dis.get_instructions(chain[-1]) if step.argval == STOCK_APPLY]
+    return len(reads) == 1 and reads[0].startswith("LOAD_GLOBAL") and STOCK_APPLY in chain[-1].__globals__
 
 
 def stock_apply(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that the forward of a class which `rotates_once` calls."""
-    return cls.forward.__globals__[STOCK_APPLY]
+    return _decorated(cls)[-1].__globals__[STOCK_APPLY]
+
+
+def _decorated(cls: type[nn.Module]) -> list[Any]:
+    """A class's forward, and what its decorators (transformers' for renamed arguments) wrap, down to its own code."""
+    chain: list[Any] = [getattr(cls, "forward", None)]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    return chain
+
+
+def _holds(decorator: FunctionType, wrapped: FunctionType) -> bool:
+    return any(cell.cell_contents is wrapped for cell in decorator.__closure__ or ())
 
 
 _classes: dict[tuple[type[nn.Module], bool | None], type[Any]] = {}
@@ -200,14 +215,24 @@ def _fused_attention(stock: type[nn.Module], interleaved: bool) -> type[Any]:
     """
     rotate = _rotate_interleaved if interleaved else _rotate_half_split
     name = f"_longattn{rotate.__name__}"
-    forward: Any = stock.forward
+    *decorators, forward = _decorated(stock)
     forward.__globals__[name] = rotate
     names = tuple(name if other == STOCK_APPLY else other for other in forward.__code__.co_names)
-    code = forward.__code__.replace(co_names=names)
-    fused = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
-    fused.__kwdefaults__, fused.__annotations__ = forward.__kwdefaults__, forward.__annotations__
-    fused.__qualname__, fused.__doc__ = forward.__qualname__, forward.__doc__
+    fused = _copied(forward, forward.__code__.replace(co_names=names), forward.__closure__)
+    for decorator in reversed(decorators):
+        wrapped = decorator.__wrapped__
+        cells = tuple(CellType(fused) if cell.cell_contents is wrapped else cell for cell in decorator.__closure__)
+        fused = _copied(decorator, decorator.__code__, cells, __wrapped__=fused)
     return _subclass(stock, Fused, interleaved, {"forward": fused})
+
+
+def _copied(function: FunctionType, code: CodeType, closure: tuple[CellType, ...] | None, **fields: Any) -> Any:
+    """A function that is another one but for its code, closure and some attributes."""
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    copied.__qualname__, copied.__doc__ = function.__qualname__, function.__doc__
+    vars(copied).update({**vars(function), **fields})
+    return copied
 
 
 def _subclass(stock: type[nn.Module], mixin: type[Any], interleaved: bool | None, members: dict[str, Any]) -> type[Any]:
