@@ -7,24 +7,15 @@ import json
 from pathlib import Path
 
 import torch
-from hf_models import build
+from hf_models import build, build_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 INDEX = "model.safetensors.index.json"
 SHARD_SIZE = "20KB"  # several shards of the tiny models
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """60 tokens for 64 rows: words w0 ... w56 between spaces. (Qwen2's class adds one more when it loads them.)"""
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(57)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+STORED_TOKENS = 60  # for 64 rows (Qwen2's class adds one more when it loads them)
 
 
 def write_checkpoint(folder: Path, family: str = "llama", *, shard_size: str = SHARD_SIZE, **fields) -> Path:
@@ -37,7 +28,7 @@ def write_checkpoint(folder: Path, family: str = "llama", *, shard_size: str = S
         bos_token_id=1, eos_token_id=2, pad_token_id=0, temperature=0.7, do_sample=True
     )
     model.save_pretrained(folder, max_shard_size=shard_size)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(STORED_TOKENS)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     (folder / "LICENSE").write_text("Do as you like.\n")

@@ -111,13 +111,27 @@ def build(family: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Pre
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).eval()
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w60 between spaces, ids to VOCAB, and a length that follows the models'."""
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(61)}}
+def build_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
+    """`size` tokens, words w0, w1, ... between spaces, and a length that follows the models'."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(size - 3)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+def rope_plans(angles: int) -> list[dict[str, Any]]:
+    """A plan's rope of every type that changes stored frequencies, for heads with so many angles."""
+    factors = {"short_factor": [1.0] * angles, "long_factor": [1.5 + i for i in range(angles)]}
+    return [
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "ntk", "factor": 2.0},
+        {"rope_type": "by-parts", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, **factors},
+    ]
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from checkpoints import INDEX, build_tokenizer
+from checkpoints import INDEX, STORED_TOKENS
+from hf_models import build_tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -55,7 +56,7 @@ def write_sparse(folder):
     """All tensors of a Llama as holes in files; the embeddings begin with numbers. Returns the bytes of all tensors."""
     config = LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    build_tokenizer(STORED_TOKENS).save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     names = list(shapes)

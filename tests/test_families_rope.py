@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import LLAMA3, build, tokens
+from hf_models import LLAMA3, build, rope_plans, tokens
 from transformers import AutoModelForCausalLM
 
 from longattn.hf.rope import LAYERED_LONGROPE, check_rotary_modules
@@ -23,19 +23,6 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
 IDS, LONG_IDS = tokens(2, 40), tokens(1, 100)
 
 
-def ropes(angles: int) -> list[dict[str, object]]:
-    factors = {"short_factor": [1.0] * angles, "long_factor": [1.5 + i for i in range(angles)]}
-    return [
-        YARN,
-        {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "ntk", "factor": 2.0},
-        {"rope_type": "by-parts", "factor": 4.0},
-        {"rope_type": "llama3", "factor": 4.0},
-        {"rope_type": "dynamic", "factor": 4.0},
-        {"rope_type": "longrope", "factor": 4.0, **factors},
-    ]
-
-
 def reload(model, path):
     model.save_pretrained(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager").eval()
@@ -46,7 +33,7 @@ def reload(model, path):
 def test_every_rope_type_reloads_bit_for_bit(family, tmp_path):
     stock = build(family, torch.float32)
     expected = stock(IDS).logits
-    for rope in ropes(ANGLES[family]):
+    for rope in rope_plans(ANGLES[family]):
         model = copy.deepcopy(stock)
         if rope["rope_type"] == "longrope" and family in NESTED and not LAYERED_LONGROPE:
             with pytest.raises(ValueError, match="longrope needs transformers 5.21, got 5"):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from checkpoints import build_tokenizer, same_bits, stored
-from hf_models import ALL_FAMILIES, build, tokens
+from checkpoints import STORED_TOKENS, same_bits, stored
+from hf_models import ALL_FAMILIES, build, build_tokenizer, tokens
 from test_families import ATTENTION, rope_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +80,7 @@ def test_a_rope_alone_needs_no_longattn_and_reloads(family, tmp_path):
 def test_checkpoints_on_disk_become_what_models_become(family, tmp_path):
     model = build_float32(family)
     model.save_pretrained(tmp_path / "src", max_shard_size="20KB")
-    build_tokenizer().save_pretrained(tmp_path / "src")
+    build_tokenizer(STORED_TOKENS).save_pretrained(tmp_path / "src")
     model, tokenizer = reload(tmp_path / "src"), AutoTokenizer.from_pretrained(tmp_path / "src")
     report = extend(model, tokenizer, whole_plan(family))
     assert report.tokens is not None
@@ -99,7 +99,7 @@ def test_checkpoints_on_disk_become_what_models_become(family, tmp_path):
 @families
 @torch.no_grad()
 def test_new_tokens_are_means_and_leave_the_old_ones(family):
-    model, stock, tokenizer = build(family), build(family), build_tokenizer()
+    model, stock, tokenizer = build(family), build(family), build_tokenizer(STORED_TOKENS)
     report = add_tokens(model, tokenizer, [f"<{i}>" for i in range(6)])
     old, new = stock.get_input_embeddings().weight, model.get_input_embeddings().weight
     assert new.shape[0] == 66 and torch.equal(new[:60], old[:60])

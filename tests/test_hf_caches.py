@@ -102,8 +102,8 @@ def test_dropped_keys_are_freed_at_once():
         layer = held.layers[module.layer_idx]
         update = type(layer).update
 
-        def watch(keys, values, *rest):
-            shown = update(layer, keys, values, *rest)
+        def watch(*given, **more):
+            shown = update(layer, *given, **more)
             whole.append(weakref.ref(layer.keys))
             return shown
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hf_models import FAMILIES, build, build_tokenizer, tokens
+from hf_models import FAMILIES, build, build_tokenizer, rope_plans, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -16,15 +16,6 @@ from longattn.rope import rope_frequencies
 from longattn.surgery import extend, restore
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
-ROPES = (
-    YARN,
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "ntk", "factor": 2.0},
-    {"rope_type": "by-parts", "factor": 4.0},
-    {"rope_type": "llama3", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 4.0},
-    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0]},
-)
 # wider and narrower than the families' own windows, and all kinds of change at once
 PLANS = {
     "rope": dict(rope=YARN),
@@ -56,7 +47,7 @@ def reload(model, path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("rope", rope_plans(4), ids=lambda rope: rope["rope_type"])
 def test_rope_takes_effect_and_reloads_bit_for_bit(rope, tmp_path):
     model = build("llama", torch.float32)
     before, long_ids = model(IDS).logits, tokens(1, 100)
