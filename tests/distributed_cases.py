@@ -116,7 +116,8 @@ def op_check(group: dist.ProcessGroup, case: Case) -> dict[str, str]:
     length = q.shape[2] // ranks
     q, k, v = (x[:, :, rank * length :][:, :, :length].clone().requires_grad_() for x in (q, k, v))
     sinks = torch.zeros(q.shape[1], dtype=q.dtype, requires_grad=True)
-    rest = ([], group.group_name, 0.3, 0.0, 2, sinks, None, None)
+    positions = torch.arange(rank * length, (rank + 1) * length)[None]
+    rest = ([], group.group_name, 0.3, 0.0, 2, sinks, None, None, positions)
     if "group" in case:
         op, band = (
             torch.ops.longattn.sharded_group_attention,
@@ -125,6 +126,14 @@ def op_check(group: dist.ProcessGroup, case: Case) -> dict[str, str]:
     else:
         op, band = torch.ops.longattn.sharded_window_attention, (case["window"], 0)
     return torch.library.opcheck(op.default, (q, k, v, *band, *rest))
+
+
+def trade_check(group: dist.ProcessGroup) -> dict[str, str]:
+    """torch.library.opcheck of what full layers trade by."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    parts = torch.randn(ranks, 3, 2, 2, 8, requires_grad=True)
+    positions = torch.arange(rank * 3, rank * 3 + 3)[None]
+    return torch.library.opcheck(torch.ops.longattn.sharded_trade.default, (parts, positions, None, group.group_name))
 
 
 def mesh_errors(group: dist.ProcessGroup, case: Case, kind: str) -> dict[str, float]:
@@ -238,8 +247,11 @@ def sent_bytes(group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     length = q.shape[2] // ranks
     leaves = [x[:, :, rank * length :][:, :, :length].clone().requires_grad_() for x in (q, k, v)]
-    with bytes_sent() as sent:
+    with bytes_sent() as sent, distributed.count_traffic() as traffic:
         out, _ = call(case, *leaves, None, group, None)
         forward = list(sent)
         out.sum().backward()
+    assert traffic.sent_bytes == sum(sum(one) for one in sent) and traffic.seconds > 0
+    assert traffic.messages == sum(bool(size) for one in sent for size in one)
+    assert traffic.control_bytes == 2 * 8 * (ranks - 1)
     return [forward, sent[len(forward) :]]

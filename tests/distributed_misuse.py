@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from longattn import distributed
 from longattn.distributed import agreement
+
+SILENT = ("skips", "skips backward")
+SHORT = timedelta(seconds=5)
 
 
 def shards(group: dist.ProcessGroup, tokens: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -40,6 +44,8 @@ def some_leave(group: dist.ProcessGroup, how: str) -> str:
     """What a rank hears when rank 1 does not do its part."""
     rank = dist.get_rank(group)
     dist.barrier(group)  # all have started
+    if how in SILENT:
+        dist.distributed_c10d._set_pg_timeout(SHORT, group)
     query, key, value = shards(group)
     if how == "another known call":  # both calls have been compared before
         for window in (4, 6):
@@ -73,4 +79,16 @@ def skips_one(group: dist.ProcessGroup) -> str:
         except ValueError as error:
             heard = str(error)
             log.calls["forward"] += dist.get_rank(group) if skipped else 0
+    return heard
+
+
+def by_store(group: dist.ProcessGroup) -> list[str]:
+    """What a rank hears of three calls on a device, the second known, the third another on rank 1."""
+    heard = []
+    for window in (4, 4, 5 + dist.get_rank(group)):
+        try:
+            agreement.agree(group, "forward", "cuda", "by_store", {"window": window})
+            heard.append("agreed")
+        except ValueError as error:
+            heard.append(str(error))
     return heard

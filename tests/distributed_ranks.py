@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS = 4
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)  # long: a rank may wait for a core on a busy machine
 
 
 class RankError(AssertionError):
@@ -31,7 +31,7 @@ class Ranks:
     def __init__(self, count: int = RANKS, timeout: timedelta = TIMEOUT) -> None:
         self.folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "longattn.distributed"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "longattn.distributed", "longattn.hf"])
         self.pipes, self.processes = [], []
         for rank in range(count):
             here, there = context.Pipe()
@@ -42,15 +42,17 @@ class Ranks:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, ranks: int, function: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
-        """Call function(group, *args) on the first `ranks` ranks, joined to `group`.
+    def run(
+        self, ranks: int, function: Callable[..., Any], *args: Any, seconds: float = 180.0, **more: Any
+    ) -> list[Any]:
+        """Call function(group, *args, **more) on the first `ranks` ranks, joined to `group`.
 
         Raises:
             RankError: a rank raised, ended, or did not answer in time.
         """
         for pipe in self.pipes[:ranks]:
             with contextlib.suppress(BrokenPipeError):
-                pipe.send((ranks, function, args))
+                pipe.send((ranks, function, args, more))
         answers: dict[int, Any] = {}
         errors: dict[int, str] = {}
         open_pipes = dict(zip(self.pipes[:ranks], range(ranks), strict=True))
@@ -90,11 +92,11 @@ def _serve(rank: int, count: int, timeout: timedelta, store: str, pipe: Connecti
         groups[ranks] = dist.new_group(range(ranks), timeout=timeout)
     while True:
         try:
-            ranks, function, args = pipe.recv()
+            ranks, function, args, more = pipe.recv()
         except EOFError:
             return
         try:
-            answer = "value", function(groups[ranks], *args)
+            answer = "value", function(groups[ranks], *args, **more)
         except BaseException:
             answer = "error", traceback.format_exc()
         pipe.send(answer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import distributed_misuse as misuse
 import pytest
 import torch
@@ -35,6 +33,11 @@ REFUSED = {
         kv_start=torch.tensor([0], dtype=torch.int32), sink_tokens=1
     ),
     "softcap must be >= 0": dict(softcap=-1.0),
+    "offsets must be a list of ints": dict(offsets="0, 8, 16"),
+    "cu_seqlens must be a tensor or None": dict(cu_seqlens=[0, 16]),
+    "position_ids must be (1 or B, 8), got (1, 7)": dict(position_ids=torch.arange(7)[None]),
+    "8 to 15 on this rank, got 0 to 7; shard_batch": dict(position_ids=torch.arange(8)[None]),
+    "8 to 15 on this rank, got 4 to 11; shard_batch": dict(position_ids=torch.tensor([[*range(4, 8), *range(8, 12)]])),
 }
 
 
@@ -59,7 +62,7 @@ def test_different_functions_are_an_error_on_every_rank(gloo):
 
 @pytest.mark.parametrize("how", ["skips", "skips backward", "is killed", "is killed in backward"])
 def test_a_rank_that_leaves_ends_the_others_with_a_message(how):
-    ranks = Ranks(2, timedelta(seconds=4))
+    ranks = Ranks(2)
     try:
         answers = dict(enumerate(ranks.run(2, misuse.some_leave, how)))
     except RankError as error:
@@ -68,6 +71,12 @@ def test_a_rank_that_leaves_ends_the_others_with_a_message(how):
     finally:
         ranks.stop()
     assert "RuntimeError: window_attention: not every rank of the group made this call" in answers[0], answers
+
+
+def test_devices_compare_new_signatures_through_the_store(gloo):
+    for heard in gloo.run(2, misuse.by_store):
+        assert heard[:2] == ["agreed", "agreed"]
+        assert "all ranks must be given the same window, got 5 on rank 0 and 6 on rank 1" in heard[2]
 
 
 def test_calls_that_went_well_before_and_are_mixed_up_are_an_error_on_every_rank(gloo):

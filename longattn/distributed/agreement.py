@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-__all__ = ["agree", "refuse"]
+from longattn.distributed.messages import counted, waiting
+
+__all__ = ["agree", "first_time", "refuse"]
 
 REMEMBERED = 4096  # signatures of a group; all ranks forget the same ones
 
@@ -29,6 +31,7 @@ class _Log:
         self.calls = {"forward": 0, "backward": 0}
         self.compared = 0
         self.agreed: OrderedDict[str, None] = OrderedDict()
+        self.seen: set[object] = set()
 
 
 _logs: WeakKeyDictionary[dist.ProcessGroup, _Log] = WeakKeyDictionary()
@@ -73,6 +76,14 @@ def refuse(group: dist.ProcessGroup, device: str, op: str, error: Exception) -> 
     raise error
 
 
+def first_time(group: dist.ProcessGroup, what: object) -> bool:
+    """Whether this rank asks for the first time on this group; what is asked for is hashable."""
+    seen = _logs.setdefault(group, _Log()).seen
+    known = what in seen
+    seen.add(what)
+    return not known
+
+
 def _count(group: dist.ProcessGroup, way: str) -> _Log:
     log = _logs.setdefault(group, _Log())
     log.calls[way] += 1
@@ -82,14 +93,16 @@ def _count(group: dist.ProcessGroup, way: str) -> _Log:
 def _same_everywhere(group: dist.ProcessGroup, op: str, text: str) -> bool:
     digest = hashlib.sha256(text.encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)])
-    all_hashes = mine.new_empty(dist.get_world_size(group))
+    hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    counted(control=mine.nbytes * (len(hashes) - 1))
     try:
-        dist.all_gather_into_tensor(all_hashes, mine, group=group)
+        with waiting():
+            dist.all_gather(hashes, mine, group=group)
     except RuntimeError as error:
         raise RuntimeError(
             f"{op}: not every rank of the group made this call within its timeout: {str(error).splitlines()[0]}"
         ) from error
-    return bool((all_hashes == mine).all())
+    return all(torch.equal(other, mine) for other in hashes)
 
 
 def _compare(group: dist.ProcessGroup, log: _Log, op: str, text: str) -> None:

@@ -39,14 +39,14 @@ def window_attention(
     query: Tensor, key: Tensor, value: Tensor, window_size: int | tuple[int, int], *, group: Group,
     offsets: Sequence[int] | None = ..., scale: float | None = ..., softcap: float = ..., sink_tokens: int = ...,
     sink_logits: Tensor | None = ..., cu_seqlens: Tensor | None = ..., kv_start: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
+    position_ids: Tensor | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, window_size: int | tuple[int, int], *, group: Group,
     offsets: Sequence[int] | None = ..., scale: float | None = ..., softcap: float = ..., sink_tokens: int = ...,
     sink_logits: Tensor | None = ..., cu_seqlens: Tensor | None = ..., kv_start: Tensor | None = ...,
-    return_lse: Literal[True],
+    position_ids: Tensor | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def window_attention(
     query: Tensor,
@@ -62,6 +62,7 @@ def window_attention(
     sink_logits: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     kv_start: Tensor | None = None,
+    position_ids: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`longattn.window_attention` over a sequence whose shards lie on the ranks of a group.
@@ -87,6 +88,8 @@ def window_attention(
             the device of query, they are read: nothing is sent across documents. A device's are not, and can't be given
             together with sink_tokens.
         kv_start: (B,) int32: the first real position of each row of a left-padded batch.
+        position_ids: (1 or B, S), at which query and key were rotated: compared with the shard's positions in the
+            sequence, or in its documents; on devices once for each place of a shard.
 
     Returns:
         The shard's (B, Hq, S, D), and with return_lse its log-sum-exp (B, Hq, S).
@@ -107,11 +110,12 @@ def window_attention(
 
     def prepare() -> tuple[Any, ...]:
         _check_local(op, query, key, value)
+        _check_shards(op, offsets, cu_seqlens=cu_seqlens, kv_start=kv_start, position_ids=position_ids)
         return plain_window._prepare(query, key, value, window_size, *rest)
 
     args = _or_refuse(pg, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_window_attention.default(
-        *args[:5], *_shards(offsets, pg), *args[5:9], cu_seqlens, kv_start
+        *args[:5], *_shards(offsets, pg), *args[5:9], cu_seqlens, kv_start, position_ids
     )
     return (out, lse) if return_lse else out
 
@@ -121,14 +125,14 @@ def group_attention(
     query: Tensor, key: Tensor, value: Tensor, group_size: int, *, group: Group, shift: int | Sequence[int] = ...,
     causal: bool = ..., offsets: Sequence[int] | None = ..., scale: float | None = ..., softcap: float = ...,
     sink_tokens: int = ..., sink_logits: Tensor | None = ..., cu_seqlens: Tensor | None = ...,
-    kv_start: Tensor | None = ..., return_lse: Literal[False] = ...,
+    kv_start: Tensor | None = ..., position_ids: Tensor | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def group_attention(
     query: Tensor, key: Tensor, value: Tensor, group_size: int, *, group: Group, shift: int | Sequence[int] = ...,
     causal: bool = ..., offsets: Sequence[int] | None = ..., scale: float | None = ..., softcap: float = ...,
     sink_tokens: int = ..., sink_logits: Tensor | None = ..., cu_seqlens: Tensor | None = ...,
-    kv_start: Tensor | None = ..., return_lse: Literal[True],
+    kv_start: Tensor | None = ..., position_ids: Tensor | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def group_attention(
     query: Tensor,
@@ -146,6 +150,7 @@ def group_attention(
     sink_logits: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     kv_start: Tensor | None = None,
+    position_ids: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`longattn.group_attention` over a sequence whose shards lie on the ranks of a group.
@@ -157,7 +162,7 @@ def group_attention(
         query, key, value: this rank's shards, as for `window_attention`.
         group_size, causal: as for the plain function, in tokens of the whole sequence.
         shift: as for the plain function; or one a query head of this rank, where the heads are sharded too.
-        group, offsets, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, return_lse: as for
+        group, offsets, scale, softcap, sink_tokens, sink_logits, cu_seqlens, kv_start, position_ids, return_lse: as for
             `window_attention`.
 
     Returns:
@@ -178,6 +183,7 @@ def group_attention(
 
     def prepare() -> tuple[Any, ...]:
         _check_local(op, query, key, value)
+        _check_shards(op, offsets, cu_seqlens=cu_seqlens, kv_start=kv_start, position_ids=position_ids)
         if is_int(shift):
             return plain_group._prepare(query, key, value, group_size, shift, causal, *rest)  # type: ignore[arg-type]
         if not isinstance(shift, list | tuple) or not all(map(is_int, shift)):
@@ -187,7 +193,7 @@ def group_attention(
 
     args = _or_refuse(pg, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_group_attention.default(
-        *args[:6], *_shards(offsets, pg), *args[6:10], cu_seqlens, kv_start
+        *args[:6], *_shards(offsets, pg), *args[6:10], cu_seqlens, kv_start, position_ids
     )
     return (out, lse) if return_lse else out
 
@@ -200,6 +206,14 @@ def _check_local(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, DTensor):
             raise TypeError(f"{op}: {name} must be this rank's shard, got a DTensor; call to_local(), or use local_map")
+
+
+def _check_shards(op: str, offsets: object, **index: object) -> None:
+    if offsets is not None and not (isinstance(offsets, list | tuple) and all(map(is_int, offsets))):
+        raise TypeError(f"{op}: offsets must be a list of ints, or None for equal shards, got {offsets!r}")
+    for name, x in index.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
 
 
 def _or_refuse(

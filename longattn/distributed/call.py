@@ -12,10 +12,11 @@ from torch import Tensor
 
 from longattn.distributed.exchange import Exchange
 from longattn.distributed.plan import HeadSet, Need, check_offsets, head_sets, needs_of
+from longattn.distributed.positions import check_positions
 from longattn.ops.attention import Bands
 from longattn.ops.checks import check_attention
 
-__all__ = ["Call", "Pattern"]
+__all__ = ["Call", "Pattern", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Call:
 
     def __init__(self, pattern: Pattern, query: Tensor, key: Tensor, args: tuple[Any, ...]) -> None:
         self.pattern = pattern
-        *band, offsets, name, scale, softcap, sinks, sink_logits, cu_seqlens, kv_start = args
+        *band, offsets, name, scale, softcap, sinks, sink_logits, cu_seqlens, kv_start, position_ids = args
         self.band = tuple(band)
         self.group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -50,7 +51,7 @@ class Call:
         self.equal = not offsets
         self.offsets = tuple(offsets) or tuple(int(length) * rank for rank in range(self.ranks + 1))
         self.scale, self.softcap, self.sinks, self.sink_logits = scale, softcap, sinks, sink_logits
-        self.cu_seqlens, self.kv_start = cu_seqlens, kv_start
+        self.cu_seqlens, self.kv_start, self.position_ids = cu_seqlens, kv_start, position_ids
         self.first = self.offsets[self.rank] if len(self.offsets) == self.ranks + 1 else 0
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -64,9 +65,10 @@ class Call:
         for name, x in (("cu_seqlens", self.cu_seqlens), ("kv_start", self.kv_start)):
             if x is not None and x.dtype != torch.int32:
                 raise TypeError(f"{op}: {name} must be an int32 tensor, got {x.dtype}")
-        if self.kv_start is not None and (self.sinks or self.cu_seqlens is not None):
+        if self.kv_start is not None and (self.sinks or self.cu_seqlens is not None or self.position_ids is not None):
             raise ValueError(
-                f"{op}: kv_start can't be given together with sink_tokens or cu_seqlens over ranks; pad on the right"
+                f"{op}: kv_start can't be given together with sink_tokens, cu_seqlens or position_ids over ranks; pad "
+                "on the right"
             )
         if self.cu_seqlens is None:
             return
@@ -76,8 +78,14 @@ class Call:
                 f"batch size {query.shape[0]}"
             )
 
-    def check_documents(self) -> None:
-        """Check the borders' values where the host may read them, and that it may where it must."""
+    def check_values(self, query: Tensor) -> None:
+        """Check borders and positions where the host may read them, and that it may where it must."""
+        self._check_documents()
+        if self.position_ids is not None:
+            op, length = self.pattern.op, query.shape[2]
+            check_positions(op, self.position_ids, self.cu_seqlens, self.first, length, self.group)
+
+    def _check_documents(self) -> None:
         op, documents = self.pattern.op, self.documents
         if documents is None:
             if self.cu_seqlens is not None and self.sinks:
@@ -93,7 +101,7 @@ class Call:
     @property
     def documents(self) -> list[int] | None:
         """Borders that the host may read; None where there are none."""
-        borders = _values(self.cu_seqlens)
+        borders = values_of(self.cu_seqlens)
         return borders if isinstance(borders, list) else None
 
     def signature(self, query: Tensor, key: Tensor) -> dict[str, Any]:
@@ -109,8 +117,8 @@ class Call:
             "softcap": self.softcap,
             "sink_tokens": self.sinks,
             "sink_logits": self.sink_logits is not None,
-            "cu_seqlens": _values(self.cu_seqlens),
-            "kv_start": _values(self.kv_start),
+            "cu_seqlens": values_of(self.cu_seqlens),
+            "kv_start": values_of(self.kv_start),
         }
 
     def exchanges(self, query: Tensor, key: Tensor) -> list[Exchange]:
@@ -167,7 +175,7 @@ class Call:
         return slice(need.queries[0] - self.first, need.queries[1] - self.first)
 
 
-def _values(index: Tensor | None) -> list[int] | str | None:
+def values_of(index: Tensor | None) -> list[int] | str | None:
     """What the host may know of an index tensor."""
     if index is None:
         return None

@@ -1,8 +1,7 @@
-"""Sending keys and values to the ranks that need them, and their gradients back; changes with the collective used.
+"""Sending keys and values to the ranks that need them, and their gradients back; changes with what a message holds.
 
 One message a rank and head set: rows of tokens, (tokens, 2, B, heads, D) with keys before values, so that the two can
-never be taken for each other, ordered by position. `all_to_all_single` with a split a rank serves gloo and NCCL (which
-sends nothing where a split is 0), and any sub-mesh.
+never be taken for each other, ordered by position.
 """
 
 from __future__ import annotations
@@ -13,23 +12,11 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from longattn.distributed.messages import Flight, send
 from longattn.distributed.plan import HeadSet, Need, pieces, rows_from
 from longattn.ops.scores import accumulate_dtype
 
-__all__ = ["Exchange", "Flight"]
-
-
-@dataclass
-class Flight:
-    """A message under way: `arrived` waits for it and returns what was received; `sent` must live until then."""
-
-    received: Tensor
-    sent: Tensor
-    work: dist.Work
-
-    def arrived(self) -> Tensor:
-        self.work.wait()
-        return self.received
+__all__ = ["Exchange"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +79,13 @@ class Exchange:
             for index, x in enumerate((key, value)):
                 rows[first : first + b - a, index].copy_(x[:, heads, a:b].permute(2, 0, 1, 3))
             first += b - a
-        return _start(to, rows, self.received_rows, splits, group)
+        return send(to, rows, self.received_rows, splits, group)
 
     def launch_back(self, rows: Tensor, group: dist.ProcessGroup) -> Flight:
         """Start to send the gradients of the received rows back to their owners."""
         splits = [sum(b - a for a, b in ranges) for ranges in self.sent_pieces]
         to = rows.new_empty((sum(splits), *rows.shape[1:]))
-        return _start(to, rows, splits, self.received_rows, group)
+        return send(to, rows, splits, self.received_rows, group)
 
     def add_back_(self, rows: Tensor, grad_key: Tensor, grad_value: Tensor) -> None:
         """Add what came back to the gradients of this shard's keys and values, by rank, in the accumulation dtype."""
@@ -126,8 +113,3 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((a, b))
     return joined
-
-
-def _start(to: Tensor, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Flight:
-    work = dist.all_to_all_single(to, rows, received, sent, group=group, async_op=True)
-    return Flight(to, rows, work)

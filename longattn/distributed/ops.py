@@ -29,9 +29,9 @@ __all__ = ["define_sharded"]
 
 OPTIONS = (
     "int[] offsets, str group_name, float scale, float softcap, int sink_tokens, Tensor? sink_logits, "
-    "Tensor? cu_seqlens, Tensor? kv_start"
+    "Tensor? cu_seqlens, Tensor? kv_start, Tensor? position_ids"
 )
-SINK_LOGITS = -3  # where the options hold sink_logits
+SINK_LOGITS = -4  # where the options hold sink_logits
 CHUNK = 8192  # tokens that are joined at a time, in the accumulation dtype
 
 
@@ -57,7 +57,7 @@ def define_sharded(pattern: Pattern, band_schema: str) -> None:
         call = Call(pattern, query, key, args)
         try:
             call.check(query, key, value)
-            call.check_documents()
+            call.check_values(query)
         except (TypeError, ValueError) as error:
             refuse(call.group, query.device.type, pattern.op, error)
         agree(call.group, "forward", query.device.type, pattern.op, call.signature(query, key))
