@@ -65,6 +65,10 @@ def longattn_attention(
         seen.append((module, pattern))
     batch, _, sq, _ = query.shape
     shared: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
+    shards = getattr(module, "longattn_shards", None)
+    if shards is not None:  # longattn.distributed: this rank's shard of a longer sequence
+        rows = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seq_lens_q)
+        return shards.attend(pattern, query, key, value, **rows, **shared).transpose(1, 2), None
     sk = key.shape[2]
     cu_seqlens = _documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, batch, sq, sk, attention_mask)
     if cu_seqlens is None:

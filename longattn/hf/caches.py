@@ -17,7 +17,7 @@ from longattn.hf.families import serving_patterns
 from longattn.hf.record import IMPLEMENTATION
 from longattn.pattern import Pattern
 
-__all__ = ["BandLayer", "band_layer_of", "register_caches"]
+__all__ = ["BandLayer", "band_layer_of", "held_of", "register_caches"]
 
 # Keys beyond the needed ones that a layer may hold before it moves the needed ones to a tensor of their own.
 SMALLEST_SLACK = 16
@@ -68,6 +68,11 @@ class BandLayer(DynamicLayer):
         shown = self.keys.view_as(self.keys)
         shown.longattn_layer = self  # type: ignore[attr-defined]
         return shown, self.values
+
+    def load(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        """Hold keys and values (B, Hkv, held, D) of a text's tokens so far: those that `held_of` names, in order."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.cumulative_length = keys, values, tokens
 
     def first_real_keys(self, starts: Tensor) -> Tensor:
         """Where each row's real keys begin among those that are held: int32 (B,).
@@ -204,6 +209,13 @@ def _kept(held: Tensor, sinks: int, places: Tensor | None, last: int) -> Tensor:
         index = places[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
         first = held.gather(2, index)
     return torch.cat([first, held[:, :, held.shape[2] - last :]], dim=2)
+
+
+def held_of(pattern: Pattern, tokens: int) -> list[tuple[int, int]]:
+    """Ranges `start, stop` of a text's tokens whose keys a layer has to hold, in order."""
+    held = pattern.cached_tokens(tokens)
+    sinks = min(pattern.sinks, held) if held < tokens else 0
+    return [(a, b) for a, b in ((0, sinks), (tokens - held + sinks, tokens)) if a < b]
 
 
 def band_layer_of(keys: Tensor) -> BandLayer | None:
