@@ -90,7 +90,10 @@ def load_config(src: str | os.PathLike[str], caller: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if Path(src).is_dir() and not Path(src, "config.json").is_file():
-        raise FileNotFoundError(f"{caller}: SRC {src} has no config.json, so it is no transformers checkpoint")
+        what = "no transformers checkpoint"
+        if Path(src, "adapter_config.json").is_file():
+            what = "a PEFT adapter; merge it into its model (merge_and_unload) and save that"
+        raise FileNotFoundError(f"{caller}: SRC {src} has no config.json, so it is {what}")
     try:
         return AutoConfig.from_pretrained(src, trust_remote_code=False)
     except OSError as error:

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from longattn.rope_keys import nearest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Pattern", "parse_pattern", "parse_patterns"]
 
+KINDS = ("full", "window", "group")
 GRAMMAR = "full, window:W, group:G, group:G+shift or group:G+shift:S, with +sinks:n after any but full"
 MAX_TOKENS = 10**15  # no text is longer, and no sum of two such numbers overflows
 _TERM = re.compile(r"(?:([0-9]+)\s*[x*]\s*)?([^,]+)")
@@ -37,7 +40,7 @@ class Pattern:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "window", "group"):
+        if self.kind not in KINDS:
             raise ValueError(f"Pattern: kind must be 'full', 'window' or 'group', got {self.kind!r}")
         for name in ("size", "shift", "sinks"):
             number = getattr(self, name)
@@ -146,7 +149,8 @@ def parse_pattern(text: str) -> Pattern:
     if kind == "full" and not size and not options:
         return Pattern("full")
     if kind not in ("window", "group") or not size:
-        raise ValueError(f"pattern must be {GRAMMAR}, got {text!r}")
+        hint = "" if kind in KINDS else nearest(kind.lower(), KINDS)
+        raise ValueError(f"pattern must be {GRAMMAR}, got {text!r}{hint}")
     tokens = _number(size, text)
     shift = sinks = None
     for option in options:

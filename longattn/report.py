@@ -64,6 +64,8 @@ class Report:
             rows += _rows(change)
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"{what:<{widths[0]}}  {before:<{widths[1]}}  {after}".rstrip() for what, before, after in rows]
+        if not self.changes:
+            lines = ["no field of the config changes"]
         if self.tokens is not None:
             lines += ["", str(self.tokens)]
         if self.proofs:

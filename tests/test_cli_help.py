@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from longattn.cli import app
 from longattn.cli.commands import COMMANDS, _load
+from longattn.cli.plan_flags import errors_in_one_line
 
 WITH_EXAMPLES = ("extend", "inspect", "plot")
 
@@ -59,3 +60,8 @@ def test_python_m_longattn_is_called_longattn():
     done = subprocess.run([sys.executable, "-m", "longattn", "no-such-command"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Usage: longattn [OPTIONS] COMMAND" in done.stderr and "No such command 'no-such-command'" in done.stderr
+
+
+def test_a_reader_that_goes_is_no_error_to_be_told():
+    with pytest.raises(BrokenPipeError), errors_in_one_line("extend"):
+        raise BrokenPipeError

@@ -156,6 +156,8 @@ def test_report_says_what_is_written_and_left_out(folders):
         "sliding_window": (None, 8),
     }
     assert "train_attention, 4 x group:8+shift, is left out" in str(report)
+    trained = preview_checkpoint(src, longattn.Plan(train_attention="group:8+shift"), export="stock")
+    assert str(trained).startswith("no field of the config changes\n")
     assert "rope_theta, torch_dtype" in str(report)
     assert report.proofs == ["config.json reads back as mistral: 4 x window:8, the same rope, 39 parameters"]
 

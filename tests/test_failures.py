@@ -59,7 +59,7 @@ PLANS = [
     ("dst", ["--rope", "full_attention.factor=4"], "names the layer types .* has one rope for all layers"),
     ("dst", ["--attention", "window:0"], "must hold at least 1 token, got 0"),
     ("dst", ["--attention", "window:-4"], "expected a whole number >= 0, got '-4'"),
-    ("dst", ["--attention", "windo:8"], "pattern must be full, window:W, .* got 'windo:8'"),
+    ("dst", ["--attention", "windo:8"], "pattern must be full, window:W, .* got 'windo:8'; did you mean 'window'"),
     ("dst", ["--attention", "group:65"], "a group must fit into the model's 64 tokens, got group:65"),
     ("dst", ["--attention", "group:8+shift:8"], "shift must be below the group's 8 tokens, got 8"),
     ("dst", ["--attention", "[full, full]"], "one pattern a layer, 4 in all, got 2"),
@@ -111,17 +111,20 @@ def test_damaged_source_is_refused(src, tmp_path, damage, message):
     assert not list(tmp_path.rglob("owned"))
 
 
-@pytest.mark.parametrize("name", ["nothing/here", "./nothing", "file", "empty"])
+@pytest.mark.parametrize("name", ["nothing/here", "./nothing", "file", "empty", "adapter"])
 def test_source_that_is_no_checkpoint_is_refused(src, tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     message = {
         "nothing/here": "SRC nothing/here is no folder here, and as a Hub id it can't be fetched",
         "./nothing": "SRC ./nothing is neither a folder nor the id of a model",
         "file": "must be a checkpoint's folder or a Hub id, got the file file",
         "empty": "SRC empty has no config.json, so it is no transformers checkpoint",
+        "adapter": "SRC adapter has no config.json, so it is a PEFT adapter; merge it",
     }[name]
     result = CliRunner().invoke(app, ["extend", name, "dst", *YARN])
     assert result.exit_code == 2 and message in result.stderr

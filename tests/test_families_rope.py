@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from hf_models import LLAMA3, build, rope_plans, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
 from longattn.hf.rope import LAYERED_LONGROPE, check_rotary_modules
 from longattn.plan import Plan
@@ -120,6 +121,10 @@ def test_phi3_keeps_its_original_length_in_both_places(tmp_path):
     assert plain.config.original_max_position_embeddings == 4096
 
 
+@pytest.mark.skipif(
+    "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation),
+    reason="this transformers gives Phi-3 its last token alone where it drops the cache",
+)
 @torch.no_grad()
 def test_phi3_generates_across_the_switch_of_its_tables():
     model = build("phi3")

@@ -28,7 +28,8 @@ def test_pattern_reads_and_writes(text, pattern):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("windw:8", "pattern must be full, window:W"),
+        ("windw:8", "pattern must be full, window:W, .*got 'windw:8'; did you mean 'window'"),
+        ("Group:8", "got 'Group:8'; did you mean 'group'"),
         ("window", "pattern must be full, window:W"),
         ("full+sinks:2", "pattern must be full, window:W"),
         ("window:8+shift", "'shift' does not fit there"),

@@ -222,6 +222,8 @@ def errors_in_one_line(command: str) -> Iterator[None]:
     """End a command with exit code 2 and one line for an error that the user can mend."""
     try:
         yield
+    except BrokenPipeError:  # who reads the output has gone: click ends quietly
+        raise
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0] if lines else type(error).__name__
