@@ -26,6 +26,7 @@ from longattn.checkpoint_source import (
 from longattn.legacy_keys import legacy_tokenizer_config
 from longattn.model_card import write_model_card
 from longattn.part_folder import whole_or_absent
+from longattn.pickled_shards import open_weights
 from longattn.plan import Plan
 from longattn.report import Change, Report
 from longattn.shards import Progress, Shards
@@ -48,6 +49,7 @@ def extend_checkpoint(
     plan: Plan | None,
     *,
     export: Literal["stock"] | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Change a checkpoint by a plan and write the new one to another folder.
@@ -57,10 +59,12 @@ def extend_checkpoint(
     the old one is only read.
 
     Args:
-        src: a folder with a transformers checkpoint in safetensors, or the id of a model on the Hub.
+        src: a folder with a transformers checkpoint, or the id of a model on the Hub.
         dst: the folder to write; it must not exist, nor lie in `src`.
         plan: what to change; None only where the checkpoint is just exported.
         export: "stock" writes a checkpoint that loads in transformers without longattn, as `longattn.export` says.
+        allow_pickle: read weights that `torch.save` pickled (pytorch_model.bin) where there are no safetensors: tensors
+            alone, nothing that the pickle would run. They are written as safetensors.
         progress: called with the name of a tensor that is being written, the bytes written so far, and those in all.
 
     Returns:
@@ -69,19 +73,19 @@ def extend_checkpoint(
     Raises:
         FileExistsError: `dst` exists.
         OSError: a file can't be read or written, or the Hub can't be reached.
-        ValueError: `dst` is in `src`; the checkpoint is damaged, quantised or no safetensors; stock transformers can't
+        ValueError: `dst` is in `src`; the checkpoint is damaged, quantised or pickled; stock transformers can't
             say what is to be exported; or as `longattn.extend`.
 
     Example:
         >>> plan = longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})
         >>> report = extend_checkpoint("Llama-2-7b", "Llama-2-7b-32k", plan)
     """
-    source, target = source_folder(src), Path(dst).expanduser().absolute()
+    source, target = source_folder(src, allow_pickle), Path(dst).expanduser().absolute()
     if os.path.lexists(target):
         raise FileExistsError(f"extend: DST {dst} exists; give the name of a new folder")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"extend: DST {dst} must not lie in SRC {src}, which is left as it is")
-    changed = _Changed.of(source, plan, export)
+    changed = _Changed.of(source, plan, export, allow_pickle)
     try:
         with whole_or_absent(target) as part:
             needed, free = changed.num_bytes(), shutil.disk_usage(part).free
@@ -99,7 +103,11 @@ def extend_checkpoint(
 
 
 def preview_checkpoint(
-    src: str | os.PathLike[str], plan: Plan | None, *, export: Literal["stock"] | None = None
+    src: str | os.PathLike[str],
+    plan: Plan | None,
+    *,
+    export: Literal["stock"] | None = None,
+    allow_pickle: bool = False,
 ) -> Report:
     """Say what `extend_checkpoint` would change; reads and checks the checkpoint, and writes nothing.
 
@@ -107,6 +115,7 @@ def preview_checkpoint(
         src: as in `extend_checkpoint`.
         plan: what to change.
         export: as in `extend_checkpoint`.
+        allow_pickle: as in `extend_checkpoint`.
 
     Returns:
         The report that `extend_checkpoint` would return.
@@ -117,7 +126,7 @@ def preview_checkpoint(
     Example:
         >>> print(preview_checkpoint("Llama-2-7b", longattn.Plan(rope={"rope_type": "yarn", "factor": 8.0})))
     """
-    return _Changed.of(source_folder(src), plan, export).report
+    return _Changed.of(source_folder(src, allow_pickle), plan, export, allow_pickle).report
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class _Changed:
     stock: StockConfig | None
 
     @classmethod
-    def of(cls, source: Path, plan: Plan | None, export: str | None) -> _Changed:
+    def of(cls, source: Path, plan: Plan | None, export: str | None, allow_pickle: bool) -> _Changed:
         import longattn.surgery
         from longattn.hf.families import family_of
 
@@ -143,7 +152,7 @@ class _Changed:
             raise ValueError(f"extend: export must be 'stock' or None, got {export!r}")
         stored_config = read_config(source)
         family_of(stored_config)
-        shards = Shards.open(source)
+        shards = open_weights(source, allow_pickle)
         model = model_without_weights(stored_config, source, sum(1 for _ in shards))
         check_tensors(model, shards)
         tokenizer, homes = None, {}

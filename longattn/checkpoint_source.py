@@ -37,8 +37,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def source_folder(src: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint, downloaded where `src` is the id of a model on the Hub.
+def source_folder(src: str | os.PathLike[str], pickles: bool = False) -> Path:
+    """The folder of a checkpoint, downloaded where `src` is the id of a model on the Hub, with its pickles or without.
 
     Raises:
         OSError: it is no folder, and the Hub has no such model or can't be reached.
@@ -52,7 +52,8 @@ def source_folder(src: str | os.PathLike[str]) -> Path:
 
     if path.exists():
         raise ValueError(f"extend: SRC must be a checkpoint's folder or a Hub id, got the file {src}")
-    others = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
+    wanted = (".safetensors", ".bin") if pickles else (".safetensors",)
+    others = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix not in wanted]
     try:
         return Path(snapshot_download(str(src), ignore_patterns=[*others, "consolidated*", "original/*"]))
     except HFValidationError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Progress", "Shard", "Shards", "StoredTensor", "read_tensor"]
+__all__ = ["Progress", "Shard", "Shards", "StoredTensor", "header_of", "read_tensor"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a tensor that is being written, the bytes written so far, and the bytes in all."""
@@ -60,12 +60,18 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file, checked: `header` is the raw bytes before the tensors, which come in file order."""
+    """One file of tensors, checked, and what is written of it.
+
+    Args:
+        header: the bytes that go before the tensors in a safetensors file; the very bytes of one that is.
+        tensors: in the order of the file that is written, `name`.
+    """
 
     path: Path
     header: bytes
     metadata: dict[str, str] | None
     tensors: tuple[StoredTensor, ...]
+    name: str
 
     @classmethod
     def open(cls, path: Path) -> Shard:
@@ -98,23 +104,32 @@ class Shard:
         if end != size:
             state = "cut off" if size < end else "corrupt"
             raise ValueError(f"extend: {path.name} is {state}: its header describes {end} bytes, the file has {size}")
-        return cls(path, start + header, metadata, tuple(tensors))
+        return cls(path, start + header, metadata, tuple(tensors), path.name)
 
     def header_with(self, replaced: Mapping[str, Tensor]) -> bytes:
         """The header's bytes when some tensors are replaced; the very bytes of old where none is."""
         if not any(tensor.name in replaced for tensor in self.tensors):
             return self.header
-        entries: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
-        offset = 0
-        for tensor in self.tensors:
-            dtype, shape, num_bytes = tensor.dtype, list(tensor.shape), tensor.num_bytes
-            if (new := replaced.get(tensor.name)) is not None:
-                dtype, shape, num_bytes = DTYPE_NAMES[new.dtype], list(new.shape), new.nbytes
-            entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + num_bytes]}
-            offset += num_bytes
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-        return len(text).to_bytes(8, "little") + text
+        return header_of(self.metadata, [_as_new(tensor, replaced.get(tensor.name)) for tensor in self.tensors])
+
+
+def _as_new(tensor: StoredTensor, new: Tensor | None) -> StoredTensor:
+    if new is None:
+        return tensor
+    return replace(tensor, dtype=DTYPE_NAMES[new.dtype], shape=tuple(new.shape), num_bytes=new.nbytes)
+
+
+def header_of(metadata: Mapping[str, str] | None, tensors: Sequence[StoredTensor]) -> bytes:
+    """The bytes that go before these tensors in a safetensors file."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def _stored(name: str, entry: Mapping[str, Any], base: int, path: Path) -> StoredTensor:
@@ -143,53 +158,41 @@ class Shards:
         Raises:
             ValueError: there are no safetensors files, one is missing or damaged, or the index disagrees with them.
         """
-        if not (folder / INDEX).is_file():
-            if (folder / SINGLE).is_file():
-                return cls((Shard.open(folder / SINGLE),), None)
-            pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-            if pickles:
-                raise ValueError(
-                    f"extend: {folder} has no safetensors weights but {pickles[0]}, a pickle, which can run any code "
-                    "when it is read; load it in transformers if you trust it and save_pretrained it as safetensors"
-                )
-            raise ValueError(f"extend: {folder} has neither {SINGLE} nor {INDEX}")
+        if (folder / INDEX).is_file():
+            return cls.of_index(folder, INDEX, Shard.open)
+        if (folder / SINGLE).is_file():
+            return cls((Shard.open(folder / SINGLE),), None)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise ValueError(
+                f"extend: {folder} has no safetensors weights but {pickles[0]}, a pickle, which can run any code when "
+                "it is loaded; allow_pickle (--allow-pickle) reads the tensors in it and runs nothing"
+            )
+        raise ValueError(f"extend: {folder} has neither {SINGLE} nor {INDEX}")
+
+    @classmethod
+    def of_index(cls, folder: Path, name: str, open_shard: Callable[[Path], Shard]) -> Shards:
+        """Open the files that an index names, and check it against them."""
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
             weight_map = dict(index["weight_map"])
             metadata = dict(index.get("metadata", {}))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"extend: {INDEX} is corrupt: {error!r}") from None
+            raise ValueError(f"extend: {name} is corrupt: {error!r}") from None
         if not isinstance(metadata.get("total_parameters", 0), int):
-            raise ValueError(f"extend: {INDEX} is corrupt: its total_parameters are {metadata['total_parameters']!r}")
+            raise ValueError(f"extend: {name} is corrupt: its total_parameters are {metadata['total_parameters']!r}")
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-                raise ValueError(f"extend: {INDEX} must name files beside it, got {file!r}")
-        files = sorted(set(weight_map.values()))
-        for file in files:
+                raise ValueError(f"extend: {name} must name files beside it, got {file!r}")
+        for file in (files := sorted(set(weight_map.values()))):
             if not (folder / file).is_file():
-                raise ValueError(f"extend: {INDEX} names {file}, which is missing in {folder}")
-        weights = cls(tuple(Shard.open(folder / file) for file in files), index)
-        weights._check_index(weight_map)
-        return weights
-
-    def _check_index(self, weight_map: Mapping[str, str]) -> None:
-        found = {(tensor.name, tensor.path.name) for tensor in self}
-        for name, file in weight_map.items():
-            if (name, file) not in found:
-                raise ValueError(f"extend: {INDEX} disagrees with the shards: {name} is not in {file}")
-        for name, file in sorted(found):
-            if weight_map.get(name) != file:
-                raise ValueError(
-                    f"extend: {INDEX} disagrees with the shards: {file} holds {name}, which it does not list"
-                )
+                raise ValueError(f"extend: {name} names {file}, which is missing in {folder}")
+        shards = tuple(open_shard(folder / file) for file in files)
+        _check_index(name, weight_map, {(tensor.name, shard.path.name) for shard in shards for tensor in shard.tensors})
+        return cls(shards, index)
 
     def __iter__(self) -> Iterator[StoredTensor]:
         return (tensor for shard in self.shards for tensor in shard.tensors)
-
-    @property
-    def files(self) -> set[str]:
-        """The names of the files that `write` writes."""
-        return {shard.path.name for shard in self.shards} | ({INDEX} if self.index is not None else set())
 
     def num_bytes(self, replaced: Mapping[str, Tensor]) -> int:
         """Bytes of all tensors when some are replaced."""
@@ -205,7 +208,7 @@ class Shards:
         """
         total, done = self.num_bytes(replaced), 0
         for shard in self.shards:
-            written_to = folder / shard.path.name
+            written_to = folder / shard.name
             with shard.path.open("rb", buffering=0) as source, written_to.open("wb", buffering=0) as target:
                 _write(target, shard.header_with(replaced))
                 for tensor in shard.tensors:
@@ -223,7 +226,18 @@ class Shards:
         if "total_parameters" in metadata:
             old = {tensor.name: math.prod(tensor.shape) for tensor in self}
             metadata["total_parameters"] += sum(new.numel() - old[name] for name, new in replaced.items())
-        return {**self.index, "metadata": metadata}
+        files = {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
+        weight_map = {name: files[name] for name in self.index["weight_map"]}
+        return {**self.index, "metadata": metadata, "weight_map": weight_map}
+
+
+def _check_index(index: str, weight_map: Mapping[str, str], found: set[tuple[str, str]]) -> None:
+    for name, file in weight_map.items():
+        if (name, file) not in found:
+            raise ValueError(f"extend: {index} disagrees with the shards: {name} is not in {file}")
+    for name, file in sorted(found):
+        if weight_map.get(name) != file:
+            raise ValueError(f"extend: {index} disagrees with the shards: {file} holds {name}, which it does not list")
 
 
 def _write(target: RawIOBase, content: bytes | memoryview) -> int:

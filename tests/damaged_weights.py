@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -182,6 +183,48 @@ def pickles_only(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(folder.parent)))
 
 
+def pickled(folder, weights, **options):
+    """Weights that torch.save wrote in place of the checkpoint's; gives the flags that allow them."""
+    no_weights(folder)
+    torch.save(weights, folder / "pytorch_model.bin", **options)
+    return ["--rope-type", "yarn", "--factor", "4", "--allow-pickle"]
+
+
+def pickle_that_runs(folder):
+    return pickled(folder, {"model.norm.weight": Payload(folder.parent)})
+
+
+def pickle_of_old(folder):
+    return pickled(folder, {"model.norm.weight": torch.zeros(3)}, _use_new_zipfile_serialization=False)
+
+
+def pickle_of_transposed(folder):
+    return pickled(folder, {"model.norm.weight": torch.zeros(2, 3).T})
+
+
+def pickle_cut_off(folder):
+    flags = pickled(folder, {"model.norm.weight": torch.zeros(1000)})
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:2000])
+    return flags
+
+
+def pickle_of_a_list(folder):
+    return pickled(folder, [torch.zeros(3)])
+
+
+def pickle_beyond_its_storage(folder):
+    whole = torch.zeros(9)
+    flags = pickled(folder, {"model.norm.weight": whole})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content[:12] if name.endswith("data/0") else content)
+    return flags
+
+
 def pickle_named_safetensors(folder):
     no_weights(folder)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(folder.parent)))
@@ -217,7 +260,13 @@ WEIGHTS = [
     (packed_weights, "config.json asks for model.layers.1.self_attn.q_proj.weight, but"),
     (integer_embeddings, "model.embed_tokens.weight must be one of F64, F32, F16, BF16 to be changed, got I8"),
     (no_weights, "has neither model.safetensors nor"),
-    (pickles_only, "pytorch_model.bin, a pickle, which can run any code .* save_pretrained it as safetensors"),
+    (pickles_only, "pytorch_model.bin, a pickle, which can run any code .*--allow-pickle"),
+    (pickle_that_runs, "can't be read as tensors that torch.save wrote: it asks for posix.mkdir"),
+    (pickle_of_old, "pytorch_model.bin can't be read as tensors that torch.save wrote: File is not a zip file"),
+    (pickle_of_transposed, r"model.norm.weight is not contiguous, its strides are \(1, 3\)"),
+    (pickle_cut_off, "pytorch_model.bin can't be read as tensors that torch.save wrote: "),
+    (pickle_of_a_list, "it holds a list, not a dict of tensors"),
+    (pickle_beyond_its_storage, r"model.norm.weight of shape \[9\] is larger than its storage of 3"),
     (pickle_named_safetensors, "model.safetensors is corrupt or cut off"),
 ]
 """(damage, words): `damage(folder)` gives the plan's flags where the damage shows with others than a rope's."""

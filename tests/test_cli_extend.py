@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("src_is_untouched")
 def plan_of(monkeypatch, arguments):
     """The plan that the command hands over, and the folders."""
     plans = []
-    monkeypatch.setattr("longattn.checkpoint.preview_checkpoint", lambda src, plan, export: plans.append(plan))
+    monkeypatch.setattr("longattn.checkpoint.preview_checkpoint", lambda src, plan, **rest: plans.append(plan))
     result = runner.invoke(app, ["src", *arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     return plans[0]

@@ -67,6 +67,14 @@ def extend(
     plain: Plain = False,
     pad_to_multiple_of: PadToMultipleOf = None,
     export: Export = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Read pytorch_model.bin where SRC has no safetensors: its tensors, nothing that a pickle would run: "
+            "longattn extend SRC ... --allow-pickle",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would change and write nothing: longattn extend SRC ... --dry-run"),
@@ -99,12 +107,12 @@ def extend(
         from longattn.checkpoint import extend_checkpoint, preview_checkpoint
 
         if dry_run:
-            typer.echo(str(preview_checkpoint(src, wanted, export=form)))
+            typer.echo(str(preview_checkpoint(src, wanted, export=form, allow_pickle=allow_pickle)))
             return
         if dst is None:
             raise ValueError("DST is missing; give the folder to write, or --dry-run")
         with _progress() as progress:
-            report = extend_checkpoint(src, dst, wanted, export=form, progress=progress)
+            report = extend_checkpoint(src, dst, wanted, export=form, allow_pickle=allow_pickle, progress=progress)
         typer.echo(str(report))
         typer.echo(f"wrote {dst}")
 
