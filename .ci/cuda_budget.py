@@ -25,7 +25,7 @@ BUDGETS = CSRC / "budgets.json"
 ARCHS = {"sm_80": ("80", 164 << 10), "sm_90a": ("90a", 228 << 10)}  # nvcc's name, shared memory of a multiprocessor
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "MUFU", "STL", "LDL")
 LOWER_IS_WORSE = ("warps",)
-TENSOR_CORES = re.compile(r"window_attn_(fwd|bwd_query|bwd_key) ")
+TENSOR_CORES = re.compile(r"window_attn_(fwd|decode|bwd_query|bwd_key) ")
 Kernels = dict[str, dict[str, int]]
 
 

@@ -36,6 +36,19 @@ LONGATTN_HD int64_t floor_div(int64_t a, int64_t b) {
   return a / b - (a % b < 0);
 }
 
+// The document that a position is in, the nearest one where it is in none; cu_seqlens holds num_documents + 1 bounds.
+LONGATTN_HD int document_of(const int32_t* cu_seqlens, int num_documents, int64_t position) {
+  int low = 1, high = larger(num_documents, 1);  // the first bound above the position, among these
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (cu_seqlens[middle] > position)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low - 1;
+}
+
 struct Range {
   int begin, end;
   LONGATTN_HD bool empty() const { return end <= begin; }
@@ -125,6 +138,11 @@ struct QuerySpan {
   Range band, sinks, common;
 };
 
+// A document's queries, and those of its keys that are sinks.
+struct Document {
+  Range queries, sinks;
+};
+
 // What the rows of a batch share. Pointers lie in the memory of whoever asks: device memory in a kernel.
 struct Rows {
   int num_queries, num_keys;
@@ -185,8 +203,13 @@ struct RowBand {
     return {{begin, band_end}, {band_end, end}};
   }
 
-  // The keys that are sinks, where documents are not packed.
-  LONGATTN_HD Range sink_keys() const { return {key_index(start), key_index(start + rows.sinks)}; }
+  // The document of a position, or the row where none are packed; the nearest one of a position in none.
+  LONGATTN_HD Document document_at(int64_t position) const {
+    const Span span = span_of(position);
+    const int end = rows.cu_seqlens ? query_index(span.stop) : rows.num_queries;
+    const int sink_end = key_index(smaller(span.start + rows.sinks, larger(span.start, span.stop)));
+    return {{smaller(query_index(span.start), end), end}, {smaller(key_index(span.start), sink_end), sink_end}};
+  }
 
   // The tiles of `size` keys that the queries [from, to) visit; from < to <= num_queries.
   LONGATTN_HD KeyTiles key_tiles(int from, int to, int size) const {
@@ -244,15 +267,8 @@ struct RowBand {
   // The document of a position (the nearest one where it is in none), or the row.
   LONGATTN_HD Span span_of(int64_t position) const {
     if (!rows.cu_seqlens || rows.num_documents == 0) return {start, stop};
-    int low = 1, high = rows.num_documents;  // the first bound above the position, among these
-    while (low < high) {
-      const int middle = low + (high - low) / 2;
-      if (rows.cu_seqlens[middle] > position)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    return {rows.cu_seqlens[low - 1], rows.cu_seqlens[low]};
+    const int document = document_of(rows.cu_seqlens, rows.num_documents, position);
+    return {rows.cu_seqlens[document], rows.cu_seqlens[document + 1]};
   }
 
   LONGATTN_HD int64_t first_query(const Span& span, int64_t key) const {

@@ -140,7 +140,10 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
              const Tensor& out, const Tensor& lse) {
   const AttentionParams p = params_of(query, key, value, out, lse, options, bands);
   const CurrentStream current(query);
-  check(longattn::cuda::window_attn_forward(p, current.stream), "attention forward");
+  longattn::cuda::ForwardPlan plan{};
+  check(longattn::cuda::plan_forward(p, plan), "attention forward");
+  Tensor scratch = torch::stable::new_empty(query, {plan.scratch_bytes}, ScalarType::Byte);
+  check(longattn::cuda::window_attn_forward(p, plan, scratch.mutable_data_ptr(), current.stream), "attention forward");
 }
 
 // The tensors of a backward op around its inputs and options.
@@ -215,23 +218,64 @@ longattn::cuda::RopeElement rope_element(const Tensor& x) {
   return longattn::cuda::RopeElement::kFloat16;
 }
 
-void rope_fwd(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
-              bool inverse, Tensor query_out, Tensor key_out) {
+// Query and key with their outputs, where `half` pairs of a row rotate.
+longattn::cuda::RopeParams rope_params(const Tensor& query, const Tensor& key, int64_t half, bool interleaved,
+                                       bool inverse, const Tensor& query_out, const Tensor& key_out) {
   longattn::cuda::RopeParams p{};
   p.tensors[0] = rope_tensor(query, query_out, query);
   p.tensors[1] = rope_tensor(key, key_out, query);
-  p.half = cos.size(cos.dim() - 1);
-  STD_TORCH_CHECK(2 * p.half <= query.size(3), "apply_rope: cos must have at most D / 2 columns, got ", p.half);
-  p.cos = rope_table(cos, query, p.half, p.cos_stride);
-  p.sin = rope_table(sin, query, p.half, p.sin_stride);
+  STD_TORCH_CHECK(2 * half <= query.size(3), "apply_rope: at most D / 2 pairs of a row rotate, got ", half);
+  p.half = half;
   p.batch = query.size(0);
   p.tokens = query.size(2);
   p.head_dim = query.size(3);
   p.element = rope_element(query);
   p.interleaved = interleaved;
   p.inverse = inverse;
+  return p;
+}
+
+void rope_fwd(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
+              bool inverse, Tensor query_out, Tensor key_out) {
+  longattn::cuda::RopeParams p =
+      rope_params(query, key, cos.size(cos.dim() - 1), interleaved, inverse, query_out, key_out);
+  p.cos = rope_table(cos, query, p.half, p.cos_stride);
+  p.sin = rope_table(sin, query, p.half, p.sin_stride);
   const CurrentStream current(query);
   check(longattn::cuda::rope_forward(p, current.stream), "apply_rope");
+}
+
+void rope_positions_fwd(const Tensor& query, const Tensor& key, MaybeTensor positions, MaybeTensor cu_seqlens,
+                        const Tensor& inv_freq, double scaling, bool interleaved, bool inverse, Tensor query_out,
+                        Tensor key_out) {
+  constexpr const char* kOp = "apply_rope_positions: ";
+  longattn::cuda::RopeParams p = rope_params(query, key, inv_freq.numel(), interleaved, inverse, query_out, key_out);
+  const auto on_device = [&](const Tensor& x) { return x.get_device_index() == query.get_device_index(); };
+  STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Double && inv_freq.is_contiguous() && on_device(inv_freq) &&
+                      1 <= p.half && p.half <= longattn::cuda::kMostFormedPairs,
+                  kOp, "inv_freq must be contiguous float64 of 1 to ", longattn::cuda::kMostFormedPairs, " pairs");
+  STD_TORCH_CHECK(positions.has_value() != cu_seqlens.has_value(), kOp, "positions or cu_seqlens, not both");
+  p.phases.inv_freq = inv_freq.const_data_ptr<double>();
+  p.phases.scaling = static_cast<float>(scaling);
+  if (positions) {
+    const int64_t dims = positions->dim(), rows = dims == 2 ? positions->size(0) : 1;
+    STD_TORCH_CHECK((dims == 1 || dims == 2) && positions->scalar_type() == ScalarType::Long &&
+                        positions->size(dims - 1) == p.tokens && (rows == 1 || rows == p.batch) &&
+                        on_device(*positions),
+                    kOp, "positions must be int64 (S,) or (B, S)");
+    p.phases.positions = positions->const_data_ptr<int64_t>();
+    p.phases.position_stride[0] = rows == 1 ? 0 : positions->stride(0);
+    p.phases.position_stride[1] = positions->stride(dims - 1);
+  } else {
+    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->is_contiguous() &&
+                        cu_seqlens->numel() >= 1 && cu_seqlens->numel() <= longattn::cuda::kMostIndex &&
+                        on_device(*cu_seqlens),
+                    kOp, "cu_seqlens must be contiguous int32 (documents + 1,)");
+    p.phases.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
+    p.phases.num_documents = static_cast<int>(cu_seqlens->numel() - 1);
+  }
+  const CurrentStream current(query);
+  check(longattn::cuda::rope_forward(p, current.stream), "apply_rope_positions");
 }
 
 void window_fwd(const Tensor& query, const Tensor& key, const Tensor& value, int64_t left, int64_t right, double scale,
@@ -275,6 +319,7 @@ void group_bwd(const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query
 
 STABLE_TORCH_LIBRARY_IMPL(longattn, CUDA, m) {
   m.impl("_rope_fwd", TORCH_BOX(&rope_fwd));
+  m.impl("_rope_positions_fwd", TORCH_BOX(&rope_positions_fwd));
   m.impl("_window_fwd", TORCH_BOX(&window_fwd));
   m.impl("_window_bwd", TORCH_BOX(&window_bwd));
   m.impl("_group_fwd", TORCH_BOX(&group_fwd));

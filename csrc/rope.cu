@@ -3,12 +3,13 @@
 // A thread takes a unit of kPairs pairs of one token, 16 bytes from each half of a row (32 in a run where the layout is
 // interleaved), keeps their cos and sin in registers, and goes through about kHeads heads of query, then key;
 // neighbouring threads move neighbouring bytes. Rows that no 16 bytes fit go pair by pair. A thread reads its unit
-// before it writes it, so that the output may be the input.
-// Su et al., RoFormer, 2021, arXiv:2104.09864.
+// before it writes it, so that the output may be the input. Where phases are formed here, a block first forms cos and
+// sin of its tokens in shared memory, once for all heads. Su et al., RoFormer, 2021, arXiv:2104.09864.
 #include <initializer_list>
 
 #include "band.h"
 #include "rope.h"
+#include "rope_phase.h"
 #include "simt.h"
 
 namespace longattn::cuda {
@@ -126,10 +127,34 @@ __device__ __forceinline__ void rotate_unit(const typename Type::Bits* x, typena
   }
 }
 
-template <typename Type, int kPairs, bool kInterleaved>
+__device__ __forceinline__ int64_t position_of(const RopePhases& phases, int64_t batch, int64_t token) {
+  if (phases.positions) return phases.positions[batch * phases.position_stride[0] + token * phases.position_stride[1]];
+  return token - phases.cu_seqlens[document_of(phases.cu_seqlens, phases.num_documents, token)];
+}
+
+// cos [tokens, half], then sin, of the block's tokens.
+__device__ __forceinline__ void form_tables(float* tables, const RopeParams& p, const RopePlan& plan) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * plan.tokens;
+  const int half = static_cast<int>(p.half), entries = plan.tokens * half;
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const int64_t row = first + i / half;
+    if (row >= p.batch * p.tokens) break;
+    const CosSin turn = cos_sin_at(position_of(p.phases, row / p.tokens, row % p.tokens), p.phases.inv_freq[i % half]);
+    tables[i] = turn.cos * p.phases.scaling;
+    tables[entries + i] = turn.sin * p.phases.scaling;
+  }
+}
+
+template <typename Type, int kPairs, bool kInterleaved, bool kFormed>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopePlan plan) {
   using Bits = typename Type::Bits;
+  SIMT_SHARED(shared);
+  float* tables = reinterpret_cast<float*>(shared);
+  if (kFormed) {
+    form_tables(tables, p, plan);
+    __syncthreads();
+  }
   const int thread = threadIdx.x, units = plan.units, rotated = plan.rotated, lanes = plan.lanes, slots = plan.slots;
   const int lane = thread % lanes, slot = thread / lanes % slots, place = thread / lanes / slots;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * plan.tokens + place;
@@ -138,11 +163,20 @@ __global__ void __launch_bounds__(kThreads)
   for (int unit = lane; unit < units; unit += lanes) {
     float cos[kPairs], sin[kPairs];
     if (unit < rotated) {
-      const auto table = [&](const float* data, const int64_t(&stride)[2]) {
-        return reinterpret_cast<const uint32_t*>(data + batch * stride[0] + token * stride[1] + unit * kPairs);
-      };
-      load<Float32>(table(p.cos, p.cos_stride), cos);
-      load<Float32>(table(p.sin, p.sin_stride), sin);
+      if constexpr (kFormed) {
+        const float* formed = tables + place * static_cast<int>(p.half) + unit * kPairs;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          cos[i] = formed[i];
+          sin[i] = formed[plan.tokens * static_cast<int>(p.half) + i];
+        }
+      } else {
+        const auto table = [&](const float* data, const int64_t(&stride)[2]) {
+          return reinterpret_cast<const uint32_t*>(data + batch * stride[0] + token * stride[1] + unit * kPairs);
+        };
+        load<Float32>(table(p.cos, p.cos_stride), cos);
+        load<Float32>(table(p.sin, p.sin_stride), sin);
+      }
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) sin[i] = p.inverse ? -sin[i] : sin[i];
     }
@@ -173,6 +207,17 @@ bool chunks_fit(const void* data, std::initializer_list<int64_t> strides, int64_
   return fit;
 }
 
+template <typename Type, int kPairs, bool kInterleaved>
+cudaError_t launch_units(const RopeParams& p, cudaStream_t stream) {
+  const RopePlan plan = rope_plan(p, kPairs);
+  const dim3 grid(static_cast<unsigned>((p.batch * p.tokens + plan.tokens - 1) / plan.tokens));
+  if (!p.phases.inv_freq)
+    return SIMT_LAUNCH((rope_kernel<Type, kPairs, kInterleaved, false>), grid, dim3(kThreads), 0, stream, p, plan);
+  const size_t table_bytes = 2 * sizeof(float) * plan.tokens * p.half;
+  return SIMT_LAUNCH((rope_kernel<Type, kPairs, kInterleaved, true>), grid, dim3(kThreads), table_bytes, stream, p,
+                     plan);
+}
+
 template <typename Type, bool kInterleaved>
 cudaError_t launch(const RopeParams& p, cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Type::Bits), kPairs = 16 / kBytes;
@@ -182,10 +227,7 @@ cudaError_t launch(const RopeParams& p, cudaStream_t stream) {
   for (const RopeTensor& t : p.tensors)
     fit &= chunks_fit(t.x, {t.x_stride[0], t.x_stride[1], t.x_stride[2]}, kBytes) &&
            chunks_fit(t.out, {t.out_stride[0], t.out_stride[1], t.out_stride[2]}, kBytes);
-  const RopePlan plan = rope_plan(p, fit ? kPairs : 1);
-  const dim3 grid(static_cast<unsigned>((p.batch * p.tokens + plan.tokens - 1) / plan.tokens));
-  if (fit) return SIMT_LAUNCH((rope_kernel<Type, kPairs, kInterleaved>), grid, dim3(kThreads), 0, stream, p, plan);
-  return SIMT_LAUNCH((rope_kernel<Type, 1, kInterleaved>), grid, dim3(kThreads), 0, stream, p, plan);
+  return fit ? launch_units<Type, kPairs, kInterleaved>(p, stream) : launch_units<Type, 1, kInterleaved>(p, stream);
 }
 
 template <typename Type>
@@ -197,6 +239,7 @@ cudaError_t choose(const RopeParams& p, cudaStream_t stream) {
 
 cudaError_t rope_forward(const RopeParams& p, cudaStream_t stream) {
   if (p.batch * p.tokens > (int64_t{1} << 31) - 1) return cudaErrorInvalidValue;
+  if (p.phases.inv_freq && p.half > kMostFormedPairs) return cudaErrorInvalidValue;
   if (p.batch * p.tokens * p.head_dim * (p.tensors[0].heads + p.tensors[1].heads) == 0) return cudaSuccess;
   if (p.element == RopeElement::kFloat32) return choose<Float32>(p, stream);
   return p.element == RopeElement::kBFloat16 ? choose<BFloat16>(p, stream) : choose<Float16>(p, stream);

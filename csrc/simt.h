@@ -42,6 +42,13 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t sh
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// Multiprocessors of the current device.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -68,23 +68,34 @@ struct BackwardParams {
 // Queries whose gradients of the sink keys one block sums: keys that all later queries see are split among blocks.
 constexpr int kSinkChunk = 1024;
 
-// Sizes of the scratch, from shapes alone. Packed documents have sinks of their own, which are not split.
+// Sizes of the scratch, from shapes alone.
 struct BackwardScratch {
   int64_t stats_bytes, sink_sums_bytes;
   int32_t sink_keys, sink_chunks;
 };
 inline BackwardScratch backward_scratch(const AttentionParams& p) {
   const int64_t stats = static_cast<int64_t>(p.batch) * p.heads * p.rows.num_queries * 8;
-  if (p.rows.sinks == 0 || p.rows.cu_seqlens) return {stats, 0, 0, 0};
+  if (p.rows.sinks == 0) return {stats, 0, 0, 0};
   const int64_t keys = smaller<int64_t>(p.rows.sinks, p.rows.num_keys);
   const int64_t chunks = (static_cast<int64_t>(p.rows.num_queries) + kSinkChunk - 1) / kSinkChunk;
   const int64_t sums = static_cast<int64_t>(p.batch) * p.kv_heads * chunks * 2 * keys * p.head_dim * 4;
   return {stats, sums, static_cast<int32_t>(keys), static_cast<int32_t>(chunks)};
 }
 
-// Fills out and lse. cudaErrorInvalidValue for what the kernels do not serve: head_dim > 256, heads > kMaxHeads for
-// groups, more than 2^31 - 1024 keys or tiles.
-cudaError_t window_attn_forward(const AttentionParams& params, cudaStream_t stream);
+// Up to this many queries the heads of a key head share a block, and the keys may be split among blocks.
+constexpr int kFewQueries = 64;
+
+// How many blocks share the keys of a query, by shapes and the current device alone, and the scratch they need.
+struct ForwardPlan {
+  int32_t splits;
+  int64_t scratch_bytes;
+};
+cudaError_t plan_forward(const AttentionParams& params, ForwardPlan& plan);
+
+// Fills out and lse; scratch is plan.scratch_bytes of the device, aligned to 16. cudaErrorInvalidValue for what the
+// kernels do not serve: head_dim > 256, more than kMaxHeads heads, more than 2^31 - 1024 keys or tiles.
+cudaError_t window_attn_forward(const AttentionParams& params, const ForwardPlan& plan, void* scratch,
+                                cudaStream_t stream);
 
 // Fills the gradients; the same bits for the same inputs. Errors as window_attn_forward.
 cudaError_t window_attn_backward(const BackwardParams& params, cudaStream_t stream);

@@ -26,7 +26,8 @@ cudaError_t launch_backward(const BackwardParams& b, cudaStream_t stream) {
   const int64_t stats_blocks = rows * tiles_of(p.rows.num_queries, kStatsRows);
   const int64_t query_blocks = rows * tiles_of(p.rows.num_queries, Queries::kRows);
   const int64_t sink_blocks = groups * tiles_of(b.sink_keys, Keys::kRows) * b.sink_chunks;
-  const int64_t sum_blocks = groups * tiles_of(2 * static_cast<int64_t>(b.sink_keys) * p.head_dim, kSumThreads);
+  const int64_t sum_blocks =
+      groups * b.sink_chunks * tiles_of(2 * static_cast<int64_t>(b.sink_keys) * p.head_dim, kSumThreads);
   const int64_t key_blocks = groups * tiles_of(p.rows.num_keys, Keys::kRows);
   if (too_many(stats_blocks, query_blocks, sink_blocks, sum_blocks, key_blocks)) return cudaErrorInvalidValue;
   const auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };

@@ -1,11 +1,12 @@
 // Backward of banded attention, the pass for dK and dV: a block takes kRows keys of one key head and walks the query
 // tiles that meet them, head after head of the group.
 //
-// dV = sum over queries of P dO, dK = scale * sum of dS Q. Where rows have sinks, the keys that hold them meet every
-// later query. What those queries add, beyond the band, is formed first by blocks of kSinkChunk queries each (kSinks),
-// as sums in scratch that are added in the order of the chunks and reach the block of the keys. Packed documents are
-// not split: their sinks are met by the queries of their document, in the block of the keys. Shared memory: K and V
-// [kRows, kD]; kStages of Q and dO [kColumns, kD] and of their RowStats; which queries see each key. See
+// dV = sum over queries of P dO, dK = scale * sum of dS Q. Keys that hold sinks meet every later query of their row or
+// document. Queries are cut into chunks of kSinkChunk. What those of a chunk add to the sinks of the document that its
+// first query is in, beyond the band, is formed by blocks of their own (kSinks), as sums in scratch: one document a
+// chunk, whatever the documents are. The sums are added in the order of the chunks and reach the block of the keys,
+// which walks by itself the queries before the document's first chunk, fewer than kSinkChunk of them. Shared memory: K
+// and V [kRows, kD]; kStages of Q and dO [kColumns, kD] and of their RowStats; which queries see each key. See
 // window_attn_bwd_tile.cuh.
 #pragma once
 
@@ -33,41 +34,72 @@ __device__ __forceinline__ KeyPassPlace key_pass_place(const BackwardParams& b) 
   return {group / p.kv_heads, group % p.kv_heads, tile * Traits::kRows, chunk};
 }
 
-// The queries of one head that meet the block's keys. Sink keys are tiled from the row's first sink on.
+// The first chunk whose first query is in a document; whether it is one of the document's is for the caller to see.
+__device__ __forceinline__ int first_chunk(const Document& document) {
+  return (document.queries.begin + kSinkChunk - 1) / kSinkChunk;
+}
+
+__device__ __forceinline__ Document document_of_chunk(const RowBand& band, int chunk) {
+  const Document document = band.document_at(chunk * kSinkChunk + band.offset);
+  return document.queries.holds(chunk * kSinkChunk) ? document : Document{{0, 0}, {0, 0}};
+}
+
+// The queries of one head that meet the block's keys. Sink keys are tiled from their document's first one on.
 template <class Traits, bool kSinks>
 struct KeyPassBand {
   const AttentionParams& p;
   KeyPassPlace place;
-  int sink_begin = 0, sink_end = 0;
+  Range sinks{0, 0};    // of the chunk's document
+  bool ordered = true;  // no row of keys begins or ends before the one above: sinks that this block walks are not
 
   __device__ __forceinline__ KeyPassBand(const BackwardParams& b, const KeyPassPlace& at) : p(b.forward), place(at) {
-    if (b.sink_chunks > 0) {
-      const Range sinks = row_band(p, place.batch, place.kv_head * (p.heads / p.kv_heads)).sink_keys();
-      sink_begin = sinks.begin;
-      sink_end = sinks.end;
+    if (p.rows.sinks == 0) return;
+    const RowBand band = row_band(p, place.batch, 0);  // the documents are those of every head
+    if (kSinks) {
+      sinks = document_of_chunk(band, place.chunk).sinks;
+      place.first_key += sinks.begin;
+      return;
     }
-    if (kSinks) place.first_key += sink_begin;
+    const int end = smaller(place.first_key + Traits::kRows, p.rows.num_keys);
+    for (const int key : {place.first_key, end - 1}) {
+      const Document document = band.document_at(key + p.rows.key_start);
+      ordered &= first_chunk(document) == 0 || !document.sinks.meets(place.first_key, end);
+    }
+  }
+  // One behind the last query that the block of a key walks of those that see it as a sink alone.
+  __device__ __forceinline__ int walked_end(const RowBand& band, int key, const Range& seen_as_sink) const {
+    if (seen_as_sink.empty()) return seen_as_sink.begin;
+    const Document document = band.document_at(key + p.rows.key_start);
+    return larger(seen_as_sink.begin, smaller(seen_as_sink.end, first_chunk(document) * kSinkChunk));
   }
   __device__ __forceinline__ Range queries_of(const RowBand& band, int key) const {
     const VisibleQueries queries = band.queries(smaller(key, p.rows.num_keys));
     if (kSinks) {
       const Range chunk{place.chunk * kSinkChunk, (place.chunk + 1) * kSinkChunk};
       const int begin = larger(queries.sinks.begin, chunk.begin);
-      if (key >= sink_end) return {chunk.end, chunk.end};  // none, behind all others
+      if (key >= sinks.end) return {chunk.end, chunk.end};  // none, behind all others
       return {begin, larger(begin, smaller(queries.sinks.end, chunk.end))};
     }
-    return {queries.band.begin, p.rows.cu_seqlens ? queries.sinks.end : queries.band.end};
+    return {queries.band.begin, walked_end(band, key, queries.sinks)};
   }
   // The queries to walk.
   __device__ __forceinline__ Range span(const RowBand& band) const {
     const int first = place.first_key, end = first + Traits::kRows;
     if (kSinks) {
-      const int last = smaller(end, sink_end) - 1;
+      const int last = smaller(end, sinks.end) - 1;
       if (last < first) return {0, 0};
       return {queries_of(band, first).begin, queries_of(band, last).end};
     }
     const QuerySpan span = band.query_span(first, end);
-    return {span.band.begin, p.rows.cu_seqlens ? span.sinks.end : span.band.end};
+    return {span.band.begin, walked_end(band, smaller(end, p.rows.num_keys) - 1, span.sinks)};
+  }
+  // Where the sums of a row's key lie in scratch: {chunk, sink}, {-1, 0} where it has none.
+  __device__ __forceinline__ Range sums_of(int key) const {
+    if (kSinks) return sinks.holds(key) ? Range{place.chunk, key - sinks.begin} : Range{-1, 0};
+    const Document document = row_band(p, place.batch, 0).document_at(key + p.rows.key_start);
+    const int chunk = first_chunk(document);
+    if (!document.sinks.holds(key) || !document.queries.holds(chunk * kSinkChunk)) return {-1, 0};
+    return {chunk, key - document.sinks.begin};
   }
 };
 
@@ -111,48 +143,49 @@ __device__ __forceinline__ void load_queries(unsigned char* stages, RowStats* st
   simt::cp_async_commit();
 }
 
-// Sums of a lane's rows and columns, in scratch: [.., sink_keys, head_dim] of chunk and gradient.
-__device__ __forceinline__ float* sink_sums_of(const BackwardParams& b, const KeyPassPlace& place, int chunk,
-                                               int which) {
-  const AttentionParams& p = b.forward;
-  const int64_t block = (static_cast<int64_t>(place.batch) * p.kv_heads + place.kv_head) * b.sink_chunks + chunk;
-  return b.sink_sums + (block * 2 + which) * b.sink_keys * p.head_dim;
-}
-
-// Calls visit(sum, its place in a chunk's sums) for every element of a gradient that belongs to a sink key.
+// Calls visit(sum, its place in scratch) for every element of a gradient whose row has one: `places` holds those of the
+// rows, as sums_of gives them.
 template <class Traits, typename Visit>
-__device__ __forceinline__ void visit_sinks(typename BackwardWarp<Traits>::Gradient& gradient, float* sums,
-                                            int first_sink, int num_sinks, int head_dim, int warp, int lane,
-                                            const Visit& visit) {
+__device__ __forceinline__ void visit_sinks(typename BackwardWarp<Traits>::Gradient& gradient, const BackwardParams& b,
+                                            const KeyPassPlace& place, int which, const Range* places, int warp,
+                                            int lane, const Visit& visit) {
+  const AttentionParams& p = b.forward;
+  const int64_t group = static_cast<int64_t>(place.batch) * p.kv_heads + place.kv_head;
 #pragma unroll
   for (int r = 0; r < Traits::kRowBlocks; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int sink = first_sink + warp % Traits::kRowWarps * Traits::kWarpRows + 16 * r + 8 * half + lane / 4;
-      if (sink < 0 || sink >= num_sinks) continue;
-      float* row = sums + static_cast<int64_t>(sink) * head_dim;
+      const Range at = places[warp % Traits::kRowWarps * Traits::kWarpRows + 16 * r + 8 * half + lane / 4];
+      const auto [chunk, sink] = at;
+      if (chunk < 0) continue;
+      float* row = b.sink_sums + (((group * b.sink_chunks + chunk) * 2 + which) * b.sink_keys + sink) * p.head_dim;
 #pragma unroll
       for (int d = 0; d < Traits::kD / 8; ++d)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int channel = 8 * d + 2 * (lane % 4) + i;
-          if (channel < head_dim) visit(gradient[r][d][2 * half + i], row[channel]);
+          if (channel < p.head_dim) visit(gradient[r][d][2 * half + i], row[channel]);
         }
     }
 }
 
-// Adds the sums of all chunks, in order, into those of the first: one thread an element of a gradient's sink keys.
+// Adds the sums of a document's chunks, in order, into those of its first one: a thread takes one element of the sums
+// of a chunk, and works where that is a first one.
 constexpr int kSumThreads = 128;
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) window_attn_sum_chunks(const __grid_constant__ BackwardParams b) {
-  const int64_t elements = 2 * static_cast<int64_t>(b.sink_keys) * b.forward.head_dim;  // of a chunk
-  const int64_t blocks = (elements + kThreads - 1) / kThreads, group = blockIdx.x / blocks;
+  const AttentionParams& p = b.forward;
+  const int64_t elements = 2 * static_cast<int64_t>(b.sink_keys) * p.head_dim;  // of a chunk
+  const int64_t blocks = (elements + kThreads - 1) / kThreads, group_chunk = blockIdx.x / blocks;
   const int64_t element = blockIdx.x % blocks * kThreads + threadIdx.x;
-  if (element >= elements) return;
-  float* first = b.sink_sums + group * b.sink_chunks * elements + element;
-  float sum = *first;
-  for (int chunk = 1; chunk < b.sink_chunks; ++chunk) sum += first[chunk * elements];
-  *first = sum;
+  const int first = static_cast<int>(group_chunk % b.sink_chunks);
+  const int batch = static_cast<int>(group_chunk / b.sink_chunks) / p.kv_heads;
+  const Range queries = document_of_chunk(row_band(p, batch, 0), first).queries;
+  if (element >= elements || queries.empty() || queries.holds((first - 1) * kSinkChunk)) return;
+  float* sums = b.sink_sums + group_chunk * elements + element;
+  float sum = *sums;
+  for (int next = 1; queries.holds((first + next) * kSinkChunk); ++next) sum += sums[next * elements];
+  *sums = sum;
 }
 
 template <class Traits, bool kSinks>
@@ -169,8 +202,6 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_key(const __
   const KeyPassBand<Traits, kSinks> of(b, key_pass_place<Traits, kSinks>(b));
   const KeyPassPlace& place = of.place;
   const int num_keys = p.rows.num_keys;
-  // Sinks of packed documents are seen beyond the band, so that rows are no longer in order.
-  const bool ordered = kSinks || !p.rows.cu_seqlens || p.rows.sinks == 0;
 
   BackwardWarp<Traits> state(shared, warp, lane);
   // With two roles, only one of the gradients is used; which one it is depends on the warp.
@@ -208,8 +239,8 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_key(const __
     }
     __syncthreads();
     const Range first = seen_by[warp_row], last = seen_by[warp_row + Traits::kWarpRows - 1];
-    if (!ordered || Range{first.begin, last.end}.meets(begin, end)) {
-      const bool interior = ordered && Range{last.begin, first.end}.covers(begin, end);
+    if (!of.ordered || Range{first.begin, last.end}.meets(begin, end)) {
+      const bool interior = of.ordered && Range{last.begin, first.end}.covers(begin, end);
       const RowStats* column_stats = stats + stage * kColumns + 2 * (lane % 4);
       const auto stats_of = [column_stats](int, int, int n, int i) { return column_stats[8 * n + i]; };
       const auto bits = [&](int row, int word) { return seen_by[warp_row + row].bits(begin + 32 * word); };
@@ -228,18 +259,16 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_key(const __
     if (Traits::kStages == 1 && more) load_queries<Traits>(stages, stats, b, place.batch, ahead.head, ahead.begin, 0);
   }
 
-  const int first_sink = place.first_key - of.sink_begin, num_sinks = of.sink_end - of.sink_begin;
-  const auto visit = [&](int chunk, const auto& visit_sum) {
-    const auto one = [&](auto& of_gradient, int which) {
-      visit_sinks<Traits>(of_gradient, sink_sums_of(b, place, chunk, which), first_sink, num_sinks, p.head_dim, warp,
-                          lane, visit_sum);
+  if (b.sink_chunks > 0) {
+    for (int r = thread; r < kRows; r += kThreads) seen_by[r] = of.sums_of(place.first_key + r);
+    __syncthreads();
+    const auto visit = [&](const auto& visit_sum) {
+      if (forms_key) visit_sinks<Traits>(grad_key, b, place, 0, seen_by, warp, lane, visit_sum);
+      if (forms_value) visit_sinks<Traits>(grad_value, b, place, 1, seen_by, warp, lane, visit_sum);
     };
-    if (forms_key) one(grad_key, 0);
-    if (forms_value) one(grad_value, 1);
-  };
-  if (kSinks) return visit(place.chunk, [](float sum, float& kept) { kept = sum; });
-  if (b.sink_chunks > 0 && first_sink < num_sinks && first_sink + kRows > 0)
-    visit(0, [](float& sum, float kept) { sum += kept; });
+    if (kSinks) return visit([](float sum, float& kept) { kept = sum; });
+    visit([](float& sum, float kept) { sum += kept; });
+  }
 
   if (forms_key) state.stage_rows(shared, grad_key, p.scale, warp, lane);
   if (forms_value) state.stage_rows(shared + Traits::kRowTileBytes, grad_value, 1.0f, warp, lane);

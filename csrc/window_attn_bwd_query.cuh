@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
 
   const AttentionParams& p = b.forward;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_row = warp * Traits::kWarpRows;
-  const int num_queries = p.rows.num_queries, num_keys = p.rows.num_keys;
+  const int num_queries = p.rows.num_queries;
   const int ratio = p.heads / p.kv_heads, query_tiles = (num_queries + kRows - 1) / kRows;
   const int tile_of_group = static_cast<int>(blockIdx.x) / ratio, group = tile_of_group / query_tiles;
   const int batch = group / p.kv_heads, kv_head = group % p.kv_heads;
@@ -54,13 +54,14 @@ __global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_query(const 
   for (int r = thread; r < kRows; r += kThreads) visible[r] = band.keys(first_query + smaller(r, rows - 1));
   __syncthreads();
   const KeyTiles tiles = RowBand::tiles_of(visible[0], visible[rows - 1], p.rows.sinks > 0, kColumns);
+  const int seen_end = visible[rows - 1].band.end;  // slots of a cache from here on may never have been written
   if (thread == 0)
     plan = {batch,
             head,
             kv_head,
             first_query,
-            head_rows(p.key, batch, kv_head, num_keys, p.head_dim, p.aligned),
-            head_rows(p.value, batch, kv_head, num_keys, p.head_dim, p.aligned),
+            head_rows(p.key, batch, kv_head, seen_end, p.head_dim, p.aligned),
+            head_rows(p.value, batch, kv_head, seen_end, p.head_dim, p.aligned),
             tiles,
             Logits(p)};
   __syncthreads();

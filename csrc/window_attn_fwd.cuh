@@ -5,13 +5,9 @@
 // gives for them: K of the next tile is on its way during softmax and P V, V during Q K^T. Each warp leaves out tiles
 // that none of its own rows sees, and masks only those that some of them see in part, by bits.
 // Shared memory: Q [kBlockM, kD], reused to stage the output; K and V [kBlockN, kD]; what each row sees [kBlockM].
-// Registers: O and S in fp32 (kRowBlocks * (kD + kBlockN) / 2 a thread); P goes from S to the A operand directly.
 #pragma once
 
-#include <cmath>
-
-#include "window_attn_logits.cuh"
-#include "window_attn_tile.cuh"
+#include "window_attn_softmax.cuh"
 
 namespace longattn::cuda {
 
@@ -45,145 +41,13 @@ __device__ __forceinline__ BlockPlan block_plan(const AttentionParams& p) {
   return {group / p.kv_heads, head, kv_head, (tiles - 1 - tile_of_group % tiles) * kBlockM, {}, {}, {}};
 }
 
-// The tile of one warp: sums in registers, addresses of its fragments.
+// The tile of one warp.
 template <class Traits>
-struct ForwardWarp {
-  static constexpr int kD = Traits::kD, kBlockN = Traits::kBlockN, kRowBlocks = Traits::kRowBlocks;
+struct ForwardWarp : SoftmaxWarp<typename Traits::Type, Traits::kD, Traits::kBlockN, Traits::kRowBlocks> {
+  static constexpr int kD = Traits::kD, kRowBlocks = Traits::kRowBlocks;
   using Type = typename Traits::Type;
-
-  float out[kRowBlocks][kD / 8][4];
-  float maximum[kRowBlocks][2], sum[kRowBlocks][2];  // of this lane's rows; sum of its own columns only
-  float s[kRowBlocks][kBlockN / 8][4];
-  FragmentAddress<kD> query, key;
-  uint32_t to_value;  // from a fragment of the warp's rows of Q to that of the same place in V
-
-  __device__ __forceinline__ ForwardWarp(unsigned char* q, unsigned char* k, unsigned char* v, int warp, int lane)
-      : query(simt::smem_address(q), warp * Traits::kWarpRows + lane % 16, lane / 16),
-        key(simt::smem_address(k), lane % 8 + lane / 16 * 8, lane / 8 % 2),
-        to_value(static_cast<uint32_t>(v - q) - warp * Traits::kWarpRows * TileLayout<kD>::kRowBytes) {
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        maximum[r][i] = -INFINITY;
-        sum[r][i] = 0.0f;
-      }
-#pragma unroll
-      for (int d = 0; d < kD / 8; ++d)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[r][d][i] = 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void multiply_keys() {
-#pragma unroll
-    for (int c = 0; c < kD / 16; ++c) {
-      uint32_t a[kRowBlocks][4];
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) simt::ldmatrix_x4(a[r], query.at(c, 16 * r));
-#pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
-        uint32_t b[4];
-        simt::ldmatrix_x4(b, key.at(c, 16 * n));
-#pragma unroll
-        for (int r = 0; r < kRowBlocks; ++r) {
-          if (c == 0) {
-            simt::mma_set(Type, s[r][2 * n], a[r], b[0], b[1]);
-            simt::mma_set(Type, s[r][2 * n + 1], a[r], b[2], b[3]);
-          } else {
-            simt::mma_add(Type, s[r][2 * n], a[r], b[0], b[1]);
-            simt::mma_add(Type, s[r][2 * n + 1], a[r], b[2], b[3]);
-          }
-        }
-      }
-    }
-  }
-
-  template <bool kCapped>
-  __device__ __forceinline__ void form_logits(const Logits& logits) {
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[r][n][i] = kCapped ? logits.capped(s[r][n][i]) : logits.scaled(s[r][n][i]);
-  }
-
-  // `visible` holds what the warp's rows see.
-  __device__ __forceinline__ void mask(const VisibleKeys* visible, int first_key, int lane) {
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const VisibleKeys seen = visible[16 * r + 8 * half + lane / 4];
-#pragma unroll
-        for (int word = 0; word < kBlockN / 32; ++word) {
-          const uint32_t bits = seen.bits(first_key + 32 * word) >> 2 * (lane % 4);
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if (!(bits >> (8 * n + i) & 1)) s[r][4 * word + n][2 * half + i] = -INFINITY;
-        }
-      }
-  }
-
-  // s becomes exp(s - maximum), and all that was summed before is scaled to the new maximum.
-  __device__ __forceinline__ void exponentiate(float factor) {
-    float shrink[kRowBlocks][2];
-    bool risen = false;
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = maximum[r][half];
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) top = fmaxf(top, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
-        top = fmaxf(top, simt::shfl_xor(top, 1));
-        top = fmaxf(top, simt::shfl_xor(top, 2));
-        const float base = top == -INFINITY ? 0.0f : top * factor;
-        shrink[r][half] = simt::exp2_fast(maximum[r][half] * factor - base);
-        risen |= top > maximum[r][half];
-        maximum[r][half] = top;
-        sum[r][half] *= shrink[r][half];
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[r][n][i] = simt::exp2_fast(s[r][n][i] * factor - base);
-            sum[r][half] += s[r][n][i];
-          }
-      }
-    if (!simt::any_lane(risen)) return;
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-      for (int d = 0; d < kD / 8; ++d)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[r][d][i] *= shrink[r][i / 2];
-  }
-
-  __device__ __forceinline__ void multiply_values() {
-#pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
-      uint32_t a[kRowBlocks][4];
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[r][i] = Type::pack(s[r][2 * n + i / 2][2 * (i % 2)], s[r][2 * n + i / 2][2 * (i % 2) + 1]);
-#pragma unroll
-      for (int c = 0; c < kD / 16; ++c) {
-        uint32_t b[4];
-        simt::ldmatrix_x4_trans(b, query.at(c, 16 * n) + to_value);
-#pragma unroll
-        for (int r = 0; r < kRowBlocks; ++r) {
-          simt::mma_add(Type, out[r][2 * c], a[r], b[0], b[1]);
-          simt::mma_add(Type, out[r][2 * c + 1], a[r], b[2], b[3]);
-        }
-      }
-    }
-  }
+  using Base = SoftmaxWarp<Type, kD, Traits::kBlockN, kRowBlocks>;
+  using Base::Base, Base::maximum, Base::sum, Base::out;
 
   // Divides by the denominator, which the sink logit (base 2, -inf for none) joins; stages the rows for store_rows.
   __device__ __forceinline__ void finish(unsigned char* tile, int tile_row, int lane, float factor, float sink,
@@ -222,15 +86,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   BlockPlan& plan = *reinterpret_cast<BlockPlan*>(visible + kBlockM);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_row = warp * Traits::kWarpRows;
-  const int num_queries = p.rows.num_queries, num_keys = p.rows.num_keys;
+  const int num_queries = p.rows.num_queries;
   BlockPlan place = block_plan<kBlockM>(p);
   const int rows = smaller(num_queries - place.first_query, kBlockM);
   const RowBand band = row_band(p, place.batch, place.head);
   for (int r = thread; r < kBlockM; r += kThreads) visible[r] = band.keys(place.first_query + smaller(r, rows - 1));
   __syncthreads();
   place.tiles = RowBand::tiles_of(visible[0], visible[rows - 1], p.rows.sinks > 0, kBlockN);
-  place.key = head_rows(p.key, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
-  place.value = head_rows(p.value, place.batch, place.kv_head, num_keys, p.head_dim, p.aligned);
+  const int seen_end = visible[rows - 1].band.end;  // slots of a cache from here on may never have been written
+  place.key = head_rows(p.key, place.batch, place.kv_head, seen_end, p.head_dim, p.aligned);
+  place.value = head_rows(p.value, place.batch, place.kv_head, seen_end, p.head_dim, p.aligned);
   if (thread == 0) plan = place;
   const int count = place.tiles.count();
   if (count > 0) {
@@ -242,7 +107,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const bool real = warp_row < rows;  // else the whole warp only loads
   const WarpKeys keys{visible[warp_row], visible[warp_row + Traits::kWarpRows - 1]};
   const Logits logits(p);
-  ForwardWarp<Traits> state(query_tile, key_tile, value_tile, warp, lane);
+  ForwardWarp<Traits> state(query_tile, warp_row, key_tile, value_tile, 0, lane);
   __syncthreads();
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {

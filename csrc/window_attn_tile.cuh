@@ -55,6 +55,18 @@ __device__ __forceinline__ HeadRows head_rows(const TensorView& x, int batch, in
   return {data + batch * x.batch_stride + head * x.head_stride, x.token_stride, rows, channels, aligned};
 }
 
+// Copies 8 elements of a row that lie anywhere, `channels` of which exist; the others become zeros.
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const uint16_t* from, int channels) {
+  simt::Chunk moved;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < channels ? from[2 * i] : 0;
+    const uint32_t high = 2 * i + 1 < channels ? from[2 * i + 1] : 0;
+    moved.word[i] = low | high << 16;
+  }
+  *reinterpret_cast<simt::Chunk*>(to) = moved;
+}
+
 // Loads rows `from` .. from + kRows - 1; rows and channels that do not exist become zeros. Asynchronous where the
 // memory is aligned: the caller commits and waits.
 template <int kD, int kRows, int kThreads>
@@ -82,15 +94,8 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const HeadRows& s
     const bool exists = from + row + r < source.rows;
 #pragma unroll 1
     for (int c = 0; c < Layout::kChunks; c += Layout::kRun) {
-      simt::Chunk moved;
-      const int channels = exists ? source.channels - (c + chunk) * 8 : 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t low = 2 * i < channels ? data[c * 8 + 2 * i] : 0;
-        const uint32_t high = 2 * i + 1 < channels ? data[c * 8 + 2 * i + 1] : 0;
-        moved.word[i] = low | high << 16;
-      }
-      *reinterpret_cast<simt::Chunk*>(tile + Layout::offset(row + r, c + chunk)) = moved;
+      copy_chunk(tile + Layout::offset(row + r, c + chunk), data + c * 8,
+                 exists ? source.channels - (c + chunk) * 8 : 0);
     }
     data += kStep * source.stride;
   }

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from longattn.ops.apply_rope import apply_rope
+from longattn.ops.apply_rope_positions import apply_rope_positions
 from longattn.ops.dispatch import debug, force, which
 from longattn.ops.group_attention import group_attention
 from longattn.ops.window_attention import window_attention
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "add_tokens",
     "apply_rope",
+    "apply_rope_positions",
     "build_info",
     "debug",
     "extend",

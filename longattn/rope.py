@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.ops.rope_phases import exact_cos_sin
 from longattn.pattern import MAX_TOKENS
 from longattn.rope_keys import KNOWN_KEYS, SCALING_KEYS, RopeValues, flat_parameters, is_nested, rope_keys
 from longattn.rope_types import FREQUENCY_TABLES, RopeRequest, ntk_theta
@@ -159,9 +160,7 @@ def rope_cos_sin(
     limit = sys.float_info.max if isinstance(attention_scaling, int) else math.inf
     if not (abs(attention_scaling) < math.inf and abs(attention_scaling) <= limit):
         raise ValueError(f"rope_cos_sin: attention_scaling must be finite, got {attention_scaling!r}")
-    phases = positions.to(torch.float64).unsqueeze(-1) * inv_freq.to(torch.float64)  # (*positions.shape, d/2)
-    scaling = 1.0 * attention_scaling
-    return (phases.cos() * scaling).to(dtype), (phases.sin() * scaling).to(dtype)
+    return exact_cos_sin(positions, inv_freq, attention_scaling, dtype)
 
 
 def rope_layers(rope_parameters: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:

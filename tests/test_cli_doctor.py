@@ -61,7 +61,7 @@ def test_doctor_shows_every_op_and_its_path():
     report = json.loads(result.stdout)
     assert report["facts"]["torch"] == longattn.build_info()["torch"]
     served = {(row["op"], row["device"], row["dtype"]): row for row in report["paths"]}
-    assert {op for op, _, _ in served} == {"apply_rope", "window_attention", "group_attention"}
+    assert {op for op, _, _ in served} == {"apply_rope", "apply_rope_positions", "window_attention", "group_attention"}
     assert served["apply_rope", "cpu", "float16"]["path"] == "pure"
     expected = "compiled" if longattn.build_info()["compiled"] else "pure"
     assert served["apply_rope", "cpu", "float32"]["path"] == expected

@@ -5,7 +5,7 @@ tests/emulator/full_matrix.py runs more of the same: every schedule, head dim an
 
 import pytest
 import torch
-from emulator.attention import Call, build_driver
+from emulator.attention import Call, build_driver, shared_driver
 from emulator.checks import ONE_HEAD_DIM, check, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ RELAXED = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    return build_driver(tmp_path_factory.mktemp("emulated"), "-O2")
+    return shared_driver(tmp_path_factory)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
@@ -65,6 +65,7 @@ def cases(draw):
 @given(cases(), st.sampled_from([16, 64, 80]), st.booleans(), st.booleans(), st.integers(0, 3))
 def test_results_and_gradients_are_right_for_features_in_combination(emulated, case, head_dim, token_major, half, seed):
     shape, call, sink_logits, rows = case
+    emulated.multiprocessors = (8, 1, 40, 132)[seed]  # which decides how decoding is split
     dtype = torch.float16 if half else torch.bfloat16
     query, key, value = qkv(*shape, head_dim, dtype, token_major, seed=seed)
     check(emulated, query, key, value, call, sink_logits, seed=seed, **rows)
@@ -98,7 +99,7 @@ def test_work_and_traffic_are_those_of_the_band(emulated):
     emulated.forward(*qkv(1, heads, 1, sq, sq, head_dim), Call(window=(left, 0)))
     blocks = [(q, max(0, q - left)) for q in range(0, sq, 128)]
     tiles = {q: -(-(q + 128 - low) // 64) for q, low in blocks}
-    keys = sum(min(64 * count, sq - low) for (_, low), count in zip(blocks, tiles.values(), strict=True))
+    keys = sum(q + 128 - low for q, low in blocks)  # no key that a tile holds beyond what its queries see
     assert emulated.counters["bytes_read"] == heads * 2 * head_dim * (sq + 2 * keys)
     assert emulated.counters["bytes_written"] == heads * 2 * head_dim * sq
     products = 0
@@ -122,6 +123,20 @@ def test_gradients_of_split_sinks_are_summed_over_all_chunks(emulated):
     check(emulated, *qkv(1, 1, 1, 2100, 2100, 32), Call(window=(100, 0), sinks=5))
 
 
+def test_sinks_of_documents_are_split_too(emulated):
+    """Documents that begin in a chunk of queries or at its border, and span several; no block takes all their sinks."""
+    documents = torch.tensor([0, 40, 40, 600, 1024, 3300, 3310, 3400], dtype=torch.int32)
+    check(emulated, *qkv(1, 1, 1, 3400, 3400, 32), Call(window=(1500, 0), sinks=5), cu_seqlens=documents)
+    check(emulated, *qkv(1, 2, 1, 3400, 3400, 32), Call(window=(100, 0), sinks=5), cu_seqlens=documents)
+    tiles = 2 * ((100 + 64 + 1024) // 32 + 2)  # of 32 queries, of both heads: the band and less than a chunk
+    assert emulated.counters["most_mma"] <= tiles * 4 * 4 * (32 // 16) * (32 // 8)
+
+
+def test_sinks_of_padded_rows_are_split_too(emulated):
+    start = torch.tensor([1030], dtype=torch.int32)
+    check(emulated, *qkv(1, 1, 1, 2200, 2200, 32), Call(window=(100, 0), sinks=5), kv_start=start)
+
+
 def test_equal_calls_give_equal_bits_under_every_schedule(emulated):
     inputs, call = qkv(1, 2, 1, 200, 200, 64), Call(window=(90, 5), sinks=3)
     saved = emulated.forward(*inputs, call)
@@ -132,6 +147,7 @@ def test_equal_calls_give_equal_bits_under_every_schedule(emulated):
 
 
 SMALL = (qkv(1, 1, 1, 140, 140, 32), Call(window=(70, 0), sinks=2))
+SPLIT = (qkv(1, 6, 2, 3, 300, 32), Call(window=(-1, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +162,22 @@ def bounded(tmp_path_factory):
 
 def test_no_two_threads_race(racing):
     for seed in (0, 1):
-        check(racing, *SMALL[0], SMALL[1], seed=seed)
+        for inputs, call in (SMALL, SPLIT):
+            check(racing, *inputs, call, seed=seed)
         assert "data race" not in racing.output
 
 
 def test_nothing_outside_a_tensor_is_touched(bounded):
     check(bounded, *SMALL[0], SMALL[1])
-    check(bounded, *qkv(1, 1, 1, 33, 65, 27), Call(window=(-1, 0)))
-    inputs, call = SMALL
+    check(bounded, *SPLIT[0], SPLIT[1])
+    check(bounded, *qkv(1, 6, 2, 33, 205, 27), Call(window=(-1, 0)))
     hostile = torch.tensor([-(2**31), 2**31 - 1, 50, -3], dtype=torch.int32)
-    for rows in (
-        dict(cu_seqlens=hostile),
-        dict(kv_start=hostile[1:2]),
-        dict(kv_start=hostile[:1], kv_end=hostile[1:2]),
-    ):
-        saved = bounded.forward(*inputs, call, **rows)
-        bounded.backward(inputs[0], None, inputs, saved, call, **rows)
+    for inputs, call in (SMALL, SPLIT):
+        for rows in (
+            dict(cu_seqlens=hostile),
+            dict(kv_start=hostile[1:2]),
+            dict(kv_start=hostile[:1], kv_end=hostile[1:2]),
+        ):
+            saved = bounded.forward(*inputs, call, **rows)
+            bounded.backward(inputs[0], None, inputs, saved, call, **rows)
     assert "ERROR" not in bounded.output

@@ -11,7 +11,7 @@ from longattn.ops import dispatch
 from longattn.ops.compiled import why_not_card
 from longattn.ops.layout import empty_in_order, empty_like_order, is_token_major
 
-__all__ = ["apply_rope"]
+__all__ = ["Pair", "apply_rope", "check_rotated", "empty_grads", "rotate", "why_not_rotated"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
@@ -70,7 +70,7 @@ def apply_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interlea
 
 def _prepare(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Any, ...]:
     """The torch op's arguments: checked, the tables reduced to one column a pair."""
-    _check_inputs(query, key, interleaved)
+    check_rotated("apply_rope", query, key, interleaved)
     for name, table in (("cos", cos), ("sin", sin)):
         _check_table(name, table, query)
     if cos.shape != sin.shape:
@@ -82,25 +82,26 @@ def _prepare(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleave
     return query, key, cos, sin, interleaved
 
 
-def _check_inputs(query: Tensor, key: Tensor, interleaved: bool) -> None:
+def check_rotated(op: str, query: Tensor, key: Tensor, interleaved: bool) -> None:
+    """Check what every rotary op takes."""
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"apply_rope: {name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"apply_rope: {name} must be (B, H, S, D), got shape {tuple(tensor.shape)}")
+            raise ValueError(f"{op}: {name} must be (B, H, S, D), got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"apply_rope: {name} must be one of {allowed}, got {tensor.dtype}")
+            raise TypeError(f"{op}: {name} must be one of {allowed}, got {tensor.dtype}")
     if not isinstance(interleaved, bool):
-        raise TypeError(f"apply_rope: interleaved must be a bool, got {interleaved!r}")
+        raise TypeError(f"{op}: interleaved must be a bool, got {interleaved!r}")
     if key.device != query.device:
-        raise ValueError(f"apply_rope: key must be on query's device {query.device}, got {key.device}")
+        raise ValueError(f"{op}: key must be on query's device {query.device}, got {key.device}")
     if key.dtype != query.dtype:
-        raise TypeError(f"apply_rope: key must have query's dtype {query.dtype}, got {key.dtype}")
+        raise TypeError(f"{op}: key must have query's dtype {query.dtype}, got {key.dtype}")
     batch, _, tokens, dim = query.shape
     if key.shape[0] != batch or key.shape[2] != tokens or key.shape[3] != dim:
         expected = f"({batch}, H, {tokens}, {dim})"
-        raise ValueError(f"apply_rope: key must be {expected} like query but for H, got {tuple(key.shape)}")
+        raise ValueError(f"{op}: key must be {expected} like query but for H, got {tuple(key.shape)}")
 
 
 def _check_table(name: str, table: Tensor, query: Tensor) -> None:
@@ -131,7 +132,8 @@ def _check_table(name: str, table: Tensor, query: Tensor) -> None:
         )
 
 
-def _why_not_compiled(query: Tensor, key: Tensor, *_: Any) -> str | None:
+def why_not_rotated(query: Tensor, key: Tensor, *_: Any) -> str | None:
+    """Why the compiled rotary kernels can't serve these tensors; None where they can."""
     on_cpu = query.device.type == "cpu"
     if query.dtype not in COMPILED_DTYPES and (on_cpu or query.dtype != torch.float16):
         served = "float32 and bfloat16" if on_cpu else "float32, bfloat16 and float16"
@@ -148,7 +150,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 dispatch.register(
-    "apply_rope", prepare=_prepare, why_not_compiled=_why_not_compiled, private="_rope_fwd", example=_example
+    "apply_rope", prepare=_prepare, why_not_compiled=why_not_rotated, private="_rope_fwd", example=_example
 )
 
 
@@ -171,7 +173,15 @@ def _run(outs: Pair, inputs: Pair, cos: Tensor, sin: Tensor, interleaved: bool, 
     """Rotate `inputs` into `outs` on the path that dispatch picks."""
     compute = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute), sin.to(compute)
-    if dispatch.choose("apply_rope", *inputs, cos, sin, interleaved):
+    compiled = dispatch.choose("apply_rope", *inputs, cos, sin, interleaved)
+    return rotate(outs, inputs, cos, sin, interleaved, inverse, compiled)
+
+
+def rotate(
+    outs: Pair, inputs: Pair, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, compiled: bool
+) -> Pair:
+    """Rotate `inputs` into `outs`, compiled or pure; cos and sin are in the dtype to compute in."""
+    if compiled:
         if cos.stride(-1) != 1 or sin.stride(-1) != 1:  # every second column of an interleaved table of width D
             # an empty table calls itself contiguous whatever its strides, and a clone's are new
             cos, sin = (table.clone(memory_format=torch.contiguous_format) for table in (cos, sin))
@@ -189,7 +199,8 @@ def _forward_kernel(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interl
     return _run(outs, (query, key), cos, sin, interleaved, inverse=False)
 
 
-def _empty_grads(grad_query: Tensor, grad_key: Tensor, query_token_major: bool, key_token_major: bool) -> Pair:
+def empty_grads(grad_query: Tensor, grad_key: Tensor, query_token_major: bool, key_token_major: bool) -> Pair:
+    """What a rotary op's gradients are written to: in the order of strides of its query and key."""
     return (
         empty_in_order(grad_query, grad_query.shape, query_token_major),
         empty_in_order(grad_key, grad_key.shape, key_token_major),
@@ -205,7 +216,7 @@ def _backward_kernel(
     query_token_major: bool,
     key_token_major: bool,
 ) -> Pair:
-    outs = _empty_grads(grad_query, grad_key, query_token_major, key_token_major)
+    outs = empty_grads(grad_query, grad_key, query_token_major, key_token_major)
     return _run(outs, (grad_query, grad_key), cos, sin, interleaved, inverse=True)
 
 
@@ -222,7 +233,7 @@ def _forward_fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interlea
 def _backward_fake(
     grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *token_major: bool
 ) -> Pair:
-    return _empty_grads(grad_query, grad_key, *token_major)
+    return empty_grads(grad_query, grad_key, *token_major)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:

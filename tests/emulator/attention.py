@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import os
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from emulator.build import ROOT, compile_cpp
 from torch import Tensor
@@ -72,6 +75,7 @@ class Emulated:
 
     def __init__(self, program: Path, folder: Path) -> None:
         self.program, self.folder = program, folder
+        self.multiprocessors = 8
         self.counters: dict[str, int] = {}
         self.output = ""
 
@@ -95,6 +99,11 @@ class Emulated:
         tensors = [query, key, value, out, lse, sink_logits, cu_seqlens, kv_start, kv_end]
         out_bytes, lse_bytes = self._run("forward", params, tensors, [3, 4], seed)
         return _filled(out, out_bytes), _filled(lse, lse_bytes)
+
+    def plan(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> dict[str, int]:
+        """How the launcher would split a forward: "splits", and bytes of "scratch"."""
+        self._run("plan", _params(query, key, value, query, call, None), [], [], 0)
+        return self.counters
 
     def backward(
         self,
@@ -131,7 +140,9 @@ class Emulated:
             for tensor in tensors:
                 data = _span(tensor) if tensor is not None else None
                 file.write(struct.pack("q", -1 if data is None else len(data)) + (data or b""))
-        done = subprocess.run([self.program, which, case, result, str(seed)], capture_output=True, text=True)
+        done = subprocess.run(
+            [self.program, which, case, result, str(seed), str(self.multiprocessors)], capture_output=True, text=True
+        )
         self.output = done.stderr
         assert done.returncode == 0, done.stderr[-3000:]
         self.counters = json.loads(done.stdout)
@@ -148,6 +159,19 @@ def build_driver(folder: Path, *flags: str, csrc: Path = ROOT / "csrc") -> Emula
     """Compile the driver with the kernels of `csrc`; its files lie in `folder`."""
     source = ROOT / "tests" / "emulator" / "attention_driver.cpp"
     return Emulated(compile_cpp(folder, source, "-DLONGATTN_EMULATED", *flags, output="driver", csrc=csrc), folder)
+
+
+def shared_driver(factory: pytest.TempPathFactory) -> Emulated:
+    """The driver with every kernel, compiled once for all files and processes of a test run."""
+    base = factory.getbasetemp()
+    together = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "driver"
+    together.mkdir(exist_ok=True)
+    with (together / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (together / "built").exists():
+            build_driver(together, "-O2")
+            (together / "built").touch()
+    return Emulated(together / "driver", factory.mktemp("emulated"))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -53,11 +53,21 @@ void read_forward(Buffers& buffers, AttentionParams& p, bool output) {
   buffers.read(p.rows.kv_end);
 }
 
+ForwardPlan plan{};  // of a forward
+
 cudaError_t forward(std::ifstream& in, Buffers& buffers) {
   AttentionParams p;
   in.read(reinterpret_cast<char*>(&p), sizeof(p));
   read_forward(buffers, p, true);
-  return window_attn_forward(p, nullptr);
+  const cudaError_t error = plan_forward(p, plan);
+  if (error != cudaSuccess) return error;
+  return window_attn_forward(p, plan, buffers.scratch(plan.scratch_bytes), nullptr);
+}
+
+cudaError_t only_plan(std::ifstream& in) {
+  AttentionParams p;
+  in.read(reinterpret_cast<char*>(&p), sizeof(p));
+  return plan_forward(p, plan);
 }
 
 cudaError_t backward(std::ifstream& in, Buffers& buffers) {
@@ -81,18 +91,34 @@ cudaError_t backward(std::ifstream& in, Buffers& buffers) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  if (argc != 6) return 2;
   std::ifstream in(argv[2], std::ios::binary);
   simt::schedule_seed = static_cast<unsigned>(std::stoul(argv[4]));
+  simt::multiprocessors = std::stoi(argv[5]);
   Buffers buffers{in, {}, {}};
-  const cudaError_t error = std::string(argv[1]) == "backward" ? backward(in, buffers) : forward(in, buffers);
+  const std::string which = argv[1];
+  const cudaError_t error = which == "backward"  ? backward(in, buffers)
+                            : which == "forward" ? forward(in, buffers)
+                                                 : only_plan(in);
   std::ofstream out(argv[3], std::ios::binary);
   for (const auto& [data, bytes] : buffers.written) out.write(data, bytes);
   const simt::Counters& c = simt::counters;
-  printf(
-      "{\"error\": %d, \"mma\": %ld, \"ldmatrix\": %ld, \"bank_conflicts\": %ld, \"bytes_read\": %ld, "
-      "\"bytes_written\": %ld}\n",
-      error, static_cast<long>(c.mma), static_cast<long>(c.ldmatrix), static_cast<long>(c.bank_conflicts),
-      static_cast<long>(c.bytes_read), static_cast<long>(c.bytes_written));
+  const std::pair<const char*, int64_t> facts[] = {
+      {"error", error},
+      {"mma", c.mma},
+      {"most_mma", c.most_mma},
+      {"ldmatrix", c.ldmatrix},
+      {"bank_conflicts", c.bank_conflicts},
+      {"bytes_read", c.bytes_read},
+      {"bytes_written", c.bytes_written},
+      {"splits", plan.splits},
+      {"scratch", plan.scratch_bytes},
+  };
+  const char* separator = "{";
+  for (const auto& [name, value] : facts) {
+    printf("%s\"%s\": %ld", separator, name, static_cast<long>(value));
+    separator = ", ";
+  }
+  printf("}\n");
   return 0;
 }

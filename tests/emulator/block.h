@@ -5,6 +5,7 @@
 // of all warps; any other seed is a random schedule that lets one warp run far ahead of the others.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <random>
@@ -22,6 +23,7 @@ namespace simt {
 // What the run did, for tests that compare it with closed forms.
 struct Counters {
   int64_t mma = 0;
+  int64_t most_mma = 0;  // of one block
   int64_t ldmatrix = 0;
   int64_t bank_conflicts = 0;  // extra cycles of shared memory accesses of 16 bytes a lane
   int64_t barriers = 0;
@@ -223,7 +225,9 @@ inline void launch(dim3 grid, dim3 threads_dim, size_t shared_bytes, const std::
       thread.context.start(stacks + t * kStackBytes, thread_main);
       running.warps[t / 32].live |= 1u << t % 32;
     }
+    const int64_t mma_before = counters.mma;
     run_block(running, random);
+    counters.most_mma = std::max(counters.most_mma, counters.mma - mma_before);
     for (Thread& thread : running.threads) thread.context.finish();
   }
   if (shared) {

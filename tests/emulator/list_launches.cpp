@@ -18,17 +18,23 @@ int main() {
       p.bf16 = bf16;
       b.grad_sink_logits = &sink;
       b.sink_keys = b.sink_chunks = 1;
-      if (window_attn_forward(p, nullptr) != cudaSuccess || window_attn_backward(b, nullptr) != cudaSuccess) return 1;
+      if (window_attn_backward(b, nullptr) != cudaSuccess) return 1;
+      for (const int queries : {1, 17, kFewQueries + 1}) {
+        p.rows.num_queries = queries;
+        if (window_attn_forward(p, {2, 0}, nullptr, nullptr) != cudaSuccess) return 1;
+      }
     }
   for (const RopeElement element : {RopeElement::kFloat32, RopeElement::kBFloat16, RopeElement::kFloat16})
     for (const bool interleaved : {false, true})
-      for (const int half : {1, 8}) {
+      for (const int half : {1, 8, 9, 16}) {
         RopeParams p{};
         p.batch = p.tokens = p.tensors[0].heads = 1;
         p.half = half;
         p.head_dim = 2 * half;
         p.element = element;
         p.interleaved = interleaved;
+        const double inv_freq = 0.0;
+        if (half > 8) p.phases.inv_freq = &inv_freq;
         if (rope_forward(p, nullptr) != cudaSuccess) return 1;
       }
 }
