@@ -26,6 +26,8 @@ ARCHS = {"sm_80": ("80", 164 << 10), "sm_90a": ("90a", 228 << 10)}  # nvcc's nam
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "MUFU", "STL", "LDL")
 LOWER_IS_WORSE = ("warps",)
 TENSOR_CORES = re.compile(r"window_attn_(fwd|decode|bwd_query|bwd_key) ")
+NARROW_STORE = re.compile(r"\bSTG\.E(?!\.128)")
+WIDE_STORES_ONLY = re.compile(r"rope_kernel \w+ (4|8) ")  # every access of these kernels moves 16 bytes
 Kernels = dict[str, dict[str, int]]
 
 
@@ -88,7 +90,9 @@ def compiled(arch: str, folder: Path) -> Kernels:
             operations = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", function)
             counts = collections.Counter(operations)
             found[by_symbol[function.split(None, 1)[0]]].update(
-                instructions=len(operations), **{name: counts[name] for name in COUNTED}
+                instructions=len(operations),
+                narrow_stores=len(NARROW_STORE.findall(function)),
+                **{name: counts[name] for name in COUNTED},
             )
     return found
 
@@ -125,6 +129,8 @@ def faults(measured: dict[str, Kernels], budgets: dict[str, Kernels]) -> list[st
             if kernel["spills"] > (0 if head_dim <= 128 else 64):
                 found.append(f"{arch} {name}: {kernel['spills']} bytes of spills")
             found += [f"{arch} {name}: no {op}" for op in ("HMMA", "LDSM", "LDGSTS") if tiled and not kernel[op]]
+            if WIDE_STORES_ONLY.match(name) and kernel["narrow_stores"]:
+                found.append(f"{arch} {name}: {kernel['narrow_stores']} stores of less than 16 bytes")
             for key, value in budgets[arch].get(name, {}).items():
                 if kernel[key] < value if key in LOWER_IS_WORSE else kernel[key] > value:
                     found.append(f"{arch} {name}: {key} {kernel[key]}, budget {value}")

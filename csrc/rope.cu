@@ -145,6 +145,20 @@ __device__ __forceinline__ void form_tables(float* tables, const RopeParams& p, 
   }
 }
 
+template <int kCount>
+__device__ __forceinline__ void read_table(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = *from;
+  } else {
+#pragma unroll
+    for (int chunk = 0; chunk < kCount / 4; ++chunk) {
+      const simt::Chunk moved = simt::load_shared_chunk(from + 4 * chunk);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[4 * chunk + i] = simt::as_float(moved.word[i]);
+    }
+  }
+}
+
 template <typename Type, int kPairs, bool kInterleaved, bool kFormed>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopePlan plan) {
@@ -164,12 +178,10 @@ __global__ void __launch_bounds__(kThreads)
     float cos[kPairs], sin[kPairs];
     if (unit < rotated) {
       if constexpr (kFormed) {
-        const float* formed = tables + place * static_cast<int>(p.half) + unit * kPairs;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          cos[i] = formed[i];
-          sin[i] = formed[plan.tokens * static_cast<int>(p.half) + i];
-        }
+        const int half = static_cast<int>(p.half);
+        const float* formed = tables + place * half + unit * kPairs;
+        read_table(formed, cos);
+        read_table(formed + plan.tokens * half, sin);
       } else {
         const auto table = [&](const float* data, const int64_t(&stride)[2]) {
           return reinterpret_cast<const uint32_t*>(data + batch * stride[0] + token * stride[1] + unit * kPairs);

@@ -76,10 +76,17 @@ __device__ __forceinline__ void cp_async8(uint32_t destination, const void* sour
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(destination), "l"(source), "r"(valid ? 8 : 0)
                : "memory");
 }
-__device__ __forceinline__ Chunk load_chunk(const void* source) { return *static_cast<const Chunk*>(source); }
-__device__ __forceinline__ void store_chunk(void* destination, const Chunk& chunk) {
-  *static_cast<Chunk*>(destination) = chunk;
+// One access of 16 bytes. The compiler splits such stores at times, where two branches end in one.
+__device__ __forceinline__ Chunk load_chunk(const void* source) {
+  const uint4 moved = *static_cast<const uint4*>(source);
+  return {{moved.x, moved.y, moved.z, moved.w}};
 }
+__device__ __forceinline__ void store_chunk(void* destination, const Chunk& chunk) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(destination)), "r"(chunk.word[0]),
+               "r"(chunk.word[1]), "r"(chunk.word[2]), "r"(chunk.word[3])
+               : "memory");
+}
+__device__ __forceinline__ Chunk load_shared_chunk(const void* source) { return load_chunk(source); }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

@@ -68,6 +68,10 @@ inline Chunk load_chunk(const void* source) {
   }
   return *static_cast<const Chunk*>(source);
 }
+inline Chunk load_shared_chunk(const void* source) {
+  const uint32_t address = smem_address(source);
+  return *reinterpret_cast<const Chunk*>(shared_at(address, 16));
+}
 inline void store_chunk(void* destination, const Chunk& chunk) {
   if (reinterpret_cast<uintptr_t>(destination) % 16) fail("misaligned global address");
   *static_cast<Chunk*>(destination) = chunk;
