@@ -79,18 +79,18 @@ cudaError_t launch_decode(const AttentionParams& p, int32_t splits, void* scratc
 
 template <typename Type>
 cudaError_t choose(const AttentionParams& p, cudaStream_t stream) {
-  // head dim, keys of a tile, 16-row blocks of a warp, resident blocks
+  // head dim, keys of a tile, 16-row blocks of a warp, resident blocks, slots of the ring
   if constexpr (is_built(32))
-    if (p.head_dim <= 32) return launch_forward<ForwardTraits<Type, 32, 64, 2, 3>>(p, stream);
+    if (p.head_dim <= 32) return launch_forward<ForwardTraits<Type, 32, 64, 2, 3, 3>>(p, stream);
   if constexpr (is_built(64))
-    if (p.head_dim <= 64) return launch_forward<ForwardTraits<Type, 64, 64, 2, 2>>(p, stream);
+    if (p.head_dim <= 64) return launch_forward<ForwardTraits<Type, 64, 64, 2, 2, 3>>(p, stream);
   if constexpr (is_built(96))
-    if (p.head_dim <= 96) return launch_forward<ForwardTraits<Type, 96, 64, 2, 2>>(p, stream);
+    if (p.head_dim <= 96) return launch_forward<ForwardTraits<Type, 96, 64, 2, 2, 3>>(p, stream);
   if constexpr (is_built(128))
-    if (p.head_dim <= 128) return launch_forward<ForwardTraits<Type, 128, 64, 2, 2>>(p, stream);
+    if (p.head_dim <= 128) return launch_forward<ForwardTraits<Type, 128, 64, 2, 2, 2>>(p, stream);
   if constexpr (is_built(192))
-    if (p.head_dim <= 192) return launch_forward<ForwardTraits<Type, 192, 64, 1, 2>>(p, stream);
-  if constexpr (is_built(256)) return launch_forward<ForwardTraits<Type, 256, 64, 1, 2>>(p, stream);
+    if (p.head_dim <= 192) return launch_forward<ForwardTraits<Type, 192, 64, 1, 2, 2>>(p, stream);
+  if constexpr (is_built(256)) return launch_forward<ForwardTraits<Type, 256, 64, 1, 2, 2>>(p, stream);
   return cudaErrorInvalidValue;
 }
 

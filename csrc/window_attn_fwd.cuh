@@ -2,9 +2,10 @@
 // arXiv:2307.08691) over the key tiles of the band.
 //
 // A block takes kBlockM queries of one head, 4 warps of kRowBlocks * 16 rows each, and walks the key tiles that band.h
-// gives for them: K of the next tile is on its way during softmax and P V, V during Q K^T. Each warp leaves out tiles
-// that none of its own rows sees, and masks only those that some of them see in part, by bits.
-// Shared memory: Q [kBlockM, kD], reused to stage the output; K and V [kBlockN, kD]; what each row sees [kBlockM].
+// gives for them. K and V stream through a ring: with two slots K of the next tile is on its way during softmax and P
+// V, and V during Q K^T; with three, where shared memory has room, each has a whole tile's time. Each warp leaves out
+// tiles that none of its own rows sees, and masks only those that some of them see in part, by bits. Shared memory: Q
+// [kBlockM, kD], reused to stage the output; the ring, kSlots of [kBlockN, kD]; what each row sees [kBlockM].
 #pragma once
 
 #include "window_attn_softmax.cuh"
@@ -18,18 +19,36 @@ struct BlockPlan {
   KeyTiles tiles;
 };
 
-// kBlocks is how many blocks of a multiprocessor must find registers.
-template <typename Type_, int kD_, int kBlockN_, int kRowBlocks_, int kBlocks_>
+// kBlocks is how many blocks of a multiprocessor must find registers, kSlots how many tiles the ring holds.
+template <typename Type_, int kD_, int kBlockN_, int kRowBlocks_, int kBlocks_, int kSlots_>
 struct ForwardTraits {
   using Type = Type_;
   static constexpr int kD = kD_, kBlockN = kBlockN_, kRowBlocks = kRowBlocks_, kBlocks = kBlocks_;
+  static constexpr int kSlots = kSlots_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kRowBlocks, kBlockM = kWarps * kWarpRows;
   static constexpr int kKeyBytes = kBlockN * kD * 2, kQueryBytes = kBlockM * kD * 2;
   static constexpr int kVisibleBytes = kBlockM * static_cast<int>(sizeof(VisibleKeys));
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes + kVisibleBytes + static_cast<int>(sizeof(BlockPlan));
+  static constexpr int kSharedBytes =
+      kQueryBytes + kSlots * kKeyBytes + kVisibleBytes + static_cast<int>(sizeof(BlockPlan));
   static_assert(kBlockN % 32 == 0, "edge masks are words of 32 keys");
+  static_assert(kSlots == 2 || kSlots == 3);
   static_assert(kSharedBytes <= 99 * 1024, "the least that a device of these families has");
+};
+
+// Where tiles lie in the ring, in bytes: K, V, K, V take its slots in turn. Two slots are the same in every step.
+template <class Traits>
+struct RingSlots {
+  static constexpr uint32_t kEnd = Traits::kSlots * Traits::kKeyBytes;
+  uint32_t first = 0;
+
+  __device__ __forceinline__ uint32_t key() const { return Traits::kSlots == 2 ? 0 : first; }
+  __device__ __forceinline__ uint32_t value() const { return after(key()); }
+  __device__ __forceinline__ uint32_t free() const { return after(value()); }  // of three: for K of the next tile
+  __device__ __forceinline__ void advance() { first = free(); }
+  __device__ __forceinline__ static uint32_t after(uint32_t slot) {
+    return slot + Traits::kKeyBytes == kEnd ? 0 : slot + Traits::kKeyBytes;
+  }
 };
 
 // Heads that share keys are neighbours, and late queries, whose causal rows are the longest, come first.
@@ -78,11 +97,11 @@ struct ForwardWarp : SoftmaxWarp<typename Traits::Type, Traits::kD, Traits::kBlo
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     window_attn_fwd(const __grid_constant__ AttentionParams p) {
-  constexpr int kD = Traits::kD, kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kThreads = Traits::kThreads;
+  constexpr int kD = Traits::kD, kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kThreads = Traits::kThreads,
+                kSlots = Traits::kSlots;
   SIMT_SHARED(shared);
-  unsigned char *query_tile = shared, *key_tile = query_tile + Traits::kQueryBytes;
-  unsigned char* value_tile = key_tile + Traits::kKeyBytes;
-  VisibleKeys* visible = reinterpret_cast<VisibleKeys*>(value_tile + Traits::kKeyBytes);
+  unsigned char *query_tile = shared, *ring = query_tile + Traits::kQueryBytes;
+  VisibleKeys* visible = reinterpret_cast<VisibleKeys*>(ring + Traits::kSlots * Traits::kKeyBytes);
   BlockPlan& plan = *reinterpret_cast<BlockPlan*>(visible + kBlockM);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_row = warp * Traits::kWarpRows;
@@ -101,36 +120,47 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (count > 0) {
     const HeadRows query = head_rows(p.query, place.batch, place.head, num_queries, p.head_dim, p.aligned);
     load_tile<kD, kBlockM, kThreads>(query_tile, query, place.first_query);
-    load_tile<kD, kBlockN, kThreads>(key_tile, place.key, place.tiles.begin(0));
+    load_tile<kD, kBlockN, kThreads>(ring, place.key, place.tiles.begin(0));
     simt::cp_async_commit();
+    if (kSlots == 3) {
+      load_tile<kD, kBlockN, kThreads>(ring + Traits::kKeyBytes, place.value, place.tiles.begin(0));
+      simt::cp_async_commit();
+    }
   }
   const bool real = warp_row < rows;  // else the whole warp only loads
   const WarpKeys keys{visible[warp_row], visible[warp_row + Traits::kWarpRows - 1]};
   const Logits logits(p);
-  ForwardWarp<Traits> state(query_tile, warp_row, key_tile, value_tile, 0, lane);
+  ForwardWarp<Traits> state(query_tile, warp_row, ring, ring, 0, lane);
   __syncthreads();
+  RingSlots<Traits> slots;
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
     const int begin = plan.tiles.begin(t), end = begin + kBlockN;
     const bool seen = real && keys.seen(begin, end);
-    simt::cp_async_wait<0>();
+    simt::cp_async_wait<kSlots - 2>();
     __syncthreads();  // K of this tile is there, V of the last is done with
-    load_tile<kD, kBlockN, kThreads>(value_tile, plan.value, begin);
+    if (kSlots == 2)
+      load_tile<kD, kBlockN, kThreads>(ring + slots.value(), plan.value, begin);
+    else if (t + 1 < count)
+      load_tile<kD, kBlockN, kThreads>(ring + slots.free(), plan.key, plan.tiles.begin(t + 1));
     simt::cp_async_commit();
-    if (seen) state.multiply_keys();
-    simt::cp_async_wait<0>();
+    if (seen) state.multiply_keys(slots.key());
+    simt::cp_async_wait<kSlots - 2>();
     __syncthreads();  // V is there, K is done with
-    if (t + 1 < count) {
-      load_tile<kD, kBlockN, kThreads>(key_tile, plan.key, plan.tiles.begin(t + 1));
-      simt::cp_async_commit();
+    if (t + 1 < count)
+      load_tile<kD, kBlockN, kThreads>(ring + slots.key(), kSlots == 2 ? plan.key : plan.value,
+                                       plan.tiles.begin(t + 1));
+    simt::cp_async_commit();
+    if (seen) {
+      if (logits.kind == Logits::kCapped) state.template form_logits<true>(logits);
+      if (logits.kind == Logits::kScaled) state.template form_logits<false>(logits);
+      if (!keys.interior(begin, end)) state.mask(visible + warp_row, begin, lane);
+      state.exponentiate(logits.factor);
+      state.multiply_values(slots.value());
     }
-    if (!seen) continue;
-    if (logits.kind == Logits::kCapped) state.template form_logits<true>(logits);
-    if (logits.kind == Logits::kScaled) state.template form_logits<false>(logits);
-    if (!keys.interior(begin, end)) state.mask(visible + warp_row, begin, lane);
-    state.exponentiate(logits.factor);
-    state.multiply_values();
+    slots.advance();
   }
+  simt::cp_async_wait<0>();
   if (!real) return;
 
   const int first = plan.first_query + warp_row;

@@ -52,11 +52,12 @@ MORE_BUGS = {
         "return Range{first.band.begin, last.band.end}.covers", "exceeds",
     ),
     "K read before it is there": Bug(
-        FORWARD, "simt::cp_async_wait<0>();\n    __syncthreads();  // K", "__syncthreads();  // K", "NaN"
+        FORWARD, "simt::cp_async_wait<kSlots - 2>();\n    __syncthreads();  // K", "__syncthreads();  // K", "NaN"
     ),
+    "a slot of the ring too early": Bug(FORWARD, "return after(value()); }", "return value(); }", "exceeds|NaN"),
     "maximum of half of a row": Bug(SOFTMAX, "top = fmaxf(top, simt::shfl_xor(top, 2));", "", "exceeds"),
     "too little shared memory": Bug(
-        FORWARD, "kSharedBytes = kQueryBytes", "kSharedBytes = -32 + kQueryBytes", "AddressSanitizer", ADDRESS
+        FORWARD, "kQueryBytes + kSlots * kKeyBytes + kVis", "kQueryBytes - 32 + kSlots * kKeyBytes + kVis", "AddressSanitizer", ADDRESS
     ),
     "no barrier after a stage": Bug(
         KEY_PASS, "__syncthreads();  // the stage and the rows' ranges are done with", "",
