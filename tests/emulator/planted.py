@@ -57,7 +57,8 @@ MORE_BUGS = {
     "a slot of the ring too early": Bug(FORWARD, "return after(value()); }", "return value(); }", "exceeds|NaN"),
     "maximum of half of a row": Bug(SOFTMAX, "top = fmaxf(top, simt::shfl_xor(top, 2));", "", "exceeds"),
     "too little shared memory": Bug(
-        FORWARD, "kQueryBytes + kSlots * kKeyBytes + kVis", "kQueryBytes - 32 + kSlots * kKeyBytes + kVis", "AddressSanitizer", ADDRESS
+        FORWARD, "kQueryBytes + kSlots * kKeyBytes + kVis", "kQueryBytes - 32 + kSlots * kKeyBytes + kVis",
+        "AddressSanitizer", ADDRESS,
     ),
     "no barrier after a stage": Bug(
         KEY_PASS, "__syncthreads();  // the stage and the rows' ranges are done with", "",
