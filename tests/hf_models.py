@@ -101,6 +101,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 ALL_FAMILIES = tuple(EXTRA)
 # Those without and with windows of their own, in all layers and in some; enough where no family's own ways matter.
 FAMILIES = ("llama", "mistral", "qwen2")
+# And those whose ways matter in training: a soft cap, a rope for each type of layer, learnt sinks and experts.
+TRAINED = (*FAMILIES, "gemma2", "gemma3_text", "gpt_oss")
 
 
 def build(family: str, dtype: torch.dtype = torch.float64, **fields: Any) -> PreTrainedModel:

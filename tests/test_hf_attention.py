@@ -154,3 +154,13 @@ def test_any_patterns_padding_and_chunks_agree_with_dense(family, patterns, padd
     edges = [0, *sorted(cuts), 12]
     got = in_chunks(model, ids, cache, list(zip(edges, edges[1:], strict=False)), mask, positions)
     assert_agree(got[real], expected[real])
+
+
+def test_layers_that_the_record_lacks_are_refused():
+    model = build("llama")
+    extend(model, None, Plan(attention="window:6"))
+    model.config.longattn["attention"] = model.config.longattn["attention"][:2]  # as where layers were added since
+    with pytest.raises(ValueError, match="has patterns of 2 layers, and this is layer 2; extend the model"):
+        model(tokens(1, 8), use_cache=False)
+    extend(model, None, Plan(attention="window:6"))
+    model(tokens(1, 8))

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama import modeling_llama
 
 import longattn
@@ -49,6 +49,21 @@ def test_other_models_and_the_modelling_file_are_untouched(stock):
     assert torch.equal(logits(stock), before) and torch.equal(logits(build("llama")), before)
     assert {name: vars(modeling_llama)[name] for name in names} == names
     assert [dict(vars(cls)) for cls in classes] == members
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+def test_renamed_arguments_are_taken_as_by_the_stock_attention(stock, fused):
+    """transformers 5.24 calls the cache otherwise, and a decorator of the forward takes the older name."""
+    hidden, positions = torch.randn(1, 8, 32, dtype=torch.float64), torch.arange(8)[None]
+    found = []
+    for model in (stock, fused):
+        cache = DynamicCache(config=model.config)
+        tables = model.model.rotary_emb(hidden, positions)
+        attention = model.model.layers[0].self_attn
+        found.append(attention(hidden, position_embeddings=tables, attention_mask=None, past_key_values=cache)[0])
+        assert cache.get_seq_length() == 8
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 def test_models_in_threads_keep_their_own_rotation(stock, fused):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import FAMILIES, VOCAB
+from hf_models import TRAINED, VOCAB
 from training_helpers import assert_gradients_agree, extended, take_gradients
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
@@ -71,7 +71,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_batches_train_as_documents_one_by_one(family, use_cache):
     model, _, new_ids = extended(family, torch.float64)
     model.train()
@@ -85,7 +85,7 @@ def test_batches_train_as_documents_one_by_one(family, use_cache):
         assert_gradients_agree(got, gradients, 1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_serving_pattern_gives_packed_documents_the_same_loss(family):
     model, _, new_ids = extended(family, torch.float64)
     texts = documents(new_ids)

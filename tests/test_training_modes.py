@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import FAMILIES, masked, tokens, under_eager
+from hf_models import TRAINED, masked, tokens, under_eager
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_helpers import (
     SERVING,
@@ -37,7 +37,7 @@ def step(model, ids: torch.Tensor, **given) -> tuple[torch.Tensor, dict[str, tor
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_checkpointed_steps_have_the_same_bits(family, reentrant):
     model, *_ = extended(family)
     model.train()
@@ -55,7 +55,7 @@ def test_checkpointed_steps_have_the_same_bits(family, reentrant):
         assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_autocast_errs_no_more_than_dense_attention_does(family):
     exact, *_ = extended(family, torch.float64)
     exact.train()

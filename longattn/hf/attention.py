@@ -94,6 +94,11 @@ def pattern_now(module: nn.Module) -> Pattern:
     layers = record["attention"]
     if module.training and record["train_attention"] != layers and not _inside_generate():
         layers = record["train_attention"]
+    if layer >= len(layers):
+        raise ValueError(
+            f"longattn: config.longattn has patterns of {len(layers)} layers, and this is layer {layer}; extend the "
+            "model with an attention part anew"
+        )
     return Pattern(**layers[layer])
 
 
@@ -136,8 +141,8 @@ def _real_keys(
         return row_bounds(attention_mask, batch, key.shape[2])
     if layer.has_dropped and not layer.serves(pattern):
         raise ValueError(
-            f"longattn: a model in training attends by {pattern}, but its cache has dropped what {layer.pattern} does "
-            "not see; call model.eval() before decoding"
+            f"longattn: a layer attends by {pattern}, but its cache has dropped what {layer.pattern} does not see; "
+            "call model.eval() before decoding, and begin with a new cache where a plan has changed the model since"
         )
     starts = padding_of(attention_mask, batch)
     return None if starts is None else layer.first_real_keys(starts), None
