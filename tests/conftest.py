@@ -12,11 +12,24 @@ import longattn
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    info = longattn.build_info()
-    if os.environ.get("LONGATTN_REQUIRE_C") == "1" and not info["compiled"]:
+    info, required = longattn.build_info(), os.environ.get("LONGATTN_REQUIRE_C", "0")
+    if required not in ("0", "1", "cuda"):
+        raise pytest.UsageError(f"LONGATTN_REQUIRE_C must be 0, 1 or cuda, got {required!r}")
+    if required != "0" and not info["compiled"]:
         raise pytest.UsageError(
-            f"LONGATTN_REQUIRE_C=1, but nothing compiled is loaded: {info['error'] or info['reason']}"
+            f"LONGATTN_REQUIRE_C={required}, but nothing compiled is loaded: {info['error'] or info['reason']}"
         )
+    if required == "cuda" and info["no_cuda"]:
+        raise pytest.UsageError(f"LONGATTN_REQUIRE_C=cuda, but no CUDA kernels are loaded: {info['no_cuda']}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` need a GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device here"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_calls import GROUPS, LENGTHS, WINDOWS, calls, check_group, check_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import check_against_dense, half_shifts, visible_mask
@@ -14,8 +15,6 @@ from longattn.ops.tiles import additive_mask, make_runs
 from longattn.pattern import Pattern
 
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
-LENGTHS = st.sampled_from([1, 2, 7, 31, 32, 33, 64, 100, 230])
-WINDOWS = st.sampled_from([(-1, 0), (0, 0), (3, 0), (16, 0), (70, 0), (40, 5), (-1, -1), (5, -1), (0, 9)])
 
 
 @st.composite
@@ -29,8 +28,8 @@ def bands(draw):
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
     band=bands(),
-    num_queries=LENGTHS,
-    num_keys=LENGTHS,
+    num_queries=st.sampled_from(LENGTHS),
+    num_keys=st.sampled_from(LENGTHS),
     query_start=st.integers(0, 80),
     key_start=st.sampled_from([0, 0, 4, 11]),
     sinks=st.sampled_from([0, 1, 3, 6, 20]),
@@ -53,66 +52,16 @@ def test_tiles_visit_each_visible_pair_once(band, num_queries, num_keys, query_s
     assert torch.equal(visits, seen.to(visits.dtype))
 
 
-@st.composite
-def calls(draw):
-    """One call: tensors, the op's own arguments, and the shared ones."""
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-    sk = draw(LENGTHS if dtype.itemsize >= 4 else st.sampled_from([33, 64, 100, 230]))
-    rows = draw(st.sampled_from(["none", "none", "kv_start", "kv_end", "both", "documents"]))
-    batch = 1 if rows == "documents" else draw(st.integers(1, 3))
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    sq = sk if rows == "documents" or dtype.itemsize < 4 else draw(st.sampled_from(sorted({1, sk, max(1, sk // 2)})))
-    dim = draw(st.sampled_from([8, 16, 40, 64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    token_major = draw(st.booleans())
-
-    def tensor(heads, length):
-        if token_major:
-            return torch.randn(batch, length, heads, dim, generator=generator).to(dtype).transpose(1, 2)
-        return torch.randn(batch, heads, length, dim, generator=generator).to(dtype)
-
-    options = {}
-    for name in ("kv_start", "kv_end"):
-        if rows in (name, "both"):
-            ends = draw(st.lists(st.integers(0, sk), min_size=batch, max_size=batch))
-            options[name] = torch.tensor(ends, dtype=torch.int32)
-    if rows == "documents":
-        inner = sorted(draw(st.lists(st.integers(0, sk), max_size=5)))
-        options["cu_seqlens"] = torch.tensor([0, *inner, sk], dtype=torch.int32)
-    logits = torch.randn(group * kv_heads, generator=generator) if draw(st.booleans()) else None
-    shared = dict(sink_tokens=draw(st.sampled_from([0, 0, 1, 4, 20])), softcap=draw(st.sampled_from([0.0, 0.0, 2.0])))
-    heads = group * kv_heads
-    return tensor(heads, sq), tensor(kv_heads, sk), tensor(kv_heads, sk), logits, shared, options
-
-
 @SETTINGS
 @given(call=calls(), window=WINDOWS, use_lse=st.booleans())
 def test_window_attention_matches_reference(call, window, use_lse):
-    q, k, v, logits, shared, rows = call
-    mask = visible_mask(*q.shape[:3], k.shape[2], window=window, sinks=shared["sink_tokens"], **rows)
-
-    def attend(query, key, value, sink_logits):
-        options = dict(sink_logits=sink_logits, return_lse=True)
-        return longattn.window_attention(query, key, value, window, **options, **shared, **rows)
-
-    check_against_dense(attend, q, k, v, mask, softcap=shared["softcap"], sink_logits=logits, use_lse=use_lse)
+    check_window(call, window, use_lse=use_lse)
 
 
 @SETTINGS
-@given(call=calls(), group=st.sampled_from([1, 2, 5, 16, 32, 50, 128]), part=st.floats(0, 0.99), causal=st.booleans())
+@given(call=calls(), group=GROUPS, part=st.floats(0, 0.99), causal=st.booleans())
 def test_group_attention_matches_reference(call, group, part, causal):
-    q, k, v, logits, shared, rows = call
-    shift = int(part * group)
-    shifts = half_shifts(q.shape[1], shift)
-    mask = visible_mask(
-        *q.shape[:3], k.shape[2], group=group, shifts=shifts, causal=causal, sinks=shared["sink_tokens"], **rows
-    )
-
-    def attend(query, key, value, sink_logits):
-        options = dict(shift=shift, causal=causal, sink_logits=sink_logits, return_lse=True)
-        return longattn.group_attention(query, key, value, group, **options, **shared, **rows)
-
-    check_against_dense(attend, q, k, v, mask, softcap=shared["softcap"], sink_logits=logits)
+    check_group(call, group, int(part * group), causal)
 
 
 @st.composite
