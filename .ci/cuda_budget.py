@@ -31,8 +31,8 @@ WIDE_STORES_ONLY = re.compile(r"rope_kernel \w+ (4|8) ")  # every access of thes
 Kernels = dict[str, dict[str, int]]
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def run(*command: str | Path, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
     return done

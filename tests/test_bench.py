@@ -9,10 +9,10 @@ from reference import dense, half_shifts, visible_mask
 from typer.testing import CliRunner
 
 from longattn.bench.cases import GOALS, parse_case
-from longattn.bench.compare import BACKWARD, FORWARD, Entry, compare
+from longattn.bench.compare import BOTH, FORWARD, Entry, Method, compare
 from longattn.bench.memory import measure
 from longattn.bench.peers import OURS, PEERS, Peer, peers_for
-from longattn.bench.reference import dense_results
+from longattn.bench.reference import dense_results, picked
 from longattn.bench.report import goals_met
 from longattn.bench.rope import RopeShape, compare_rope
 from longattn.bench.scaling import Grid, fit_exponent, fits, measure_scaling
@@ -21,11 +21,12 @@ from longattn.cli import app
 from longattn.pattern import Pattern
 
 SHAPE = "B2 H4 K2 S150 D16 W20"
+METHOD = Method(rounds=2, budget_s=1.0)
 UNCOMPILED = [peer for peer in PEERS if not peer.compiled]
 
 
 def entries_of(shape, *peers, dtype="float32"):
-    found = compare(parse_case(shape, dtype), [PEERS[0], *peers], rounds=2, budget_s=1.0)
+    found = compare(parse_case(shape, dtype), [PEERS[0], *peers], METHOD)
     return {(entry.peer, entry.work): entry for entry in found}
 
 
@@ -44,14 +45,28 @@ def test_reference_agrees_with_the_tests_reference(pattern):
     out, _ = dense(*leaves, mask)
     expected = (out, *torch.autograd.grad(out, leaves, inputs[3].double()))
     for got, ref in zip(dense_results(case, inputs), expected, strict=True):
-        torch.testing.assert_close(got, ref.detach())
+        torch.testing.assert_close(got, picked(ref.detach(), case))
+
+
+def test_reference_of_some_heads_and_last_queries_is_a_part_of_the_whole():
+    case, rows = parse_case("B2 H8 K4 S70 D8 G16+shift"), [(0, 0), (1, 3)]
+    inputs = case.inputs(token_major=True)
+    whole = dense_results(case, inputs)
+    part = dense_results(case, inputs, rows=rows)
+    for got, all_of_it in zip(part, whole, strict=True):
+        torch.testing.assert_close(got, all_of_it[[0, 7]])
+    last = replace(case, queries=5)
+    query, *rest = inputs
+    out = dense_results(last, (query[:, :, -5:], *rest[:2], rest[2][:, :, -5:]))[0]
+    torch.testing.assert_close(out, whole[0][:, :, -5:])
+    assert last.flops == case.flops - replace(case, tokens=65).flops and last.shape == "B2 H8 K4 Q5 S70 D8 G16+shift"
 
 
 @pytest.mark.parametrize("shape", [SHAPE, "B1 H4 S130 D16 G32+shift", "B1 H2 S96 D16 full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_uncompiled_peers_are_right_and_timed_where_they_can_run(shape, dtype):
     case = parse_case(shape, dtype)
-    for entry in compare(case, peers_for(case.pattern, [p.name for p in UNCOMPILED]), rounds=2, budget_s=1.0):
+    for entry in compare(case, peers_for(case.pattern, [p.name for p in UNCOMPILED]), METHOD):
         if entry.trouble:
             assert entry.trouble.startswith("not here") or "as many key/value heads" in entry.trouble, entry
             assert not entry.samples and entry.ratio is None
@@ -68,7 +83,7 @@ def test_uncompiled_peers_are_right_and_timed_where_they_can_run(shape, dtype):
 def test_wrong_peer_is_reported_and_not_timed(name, pattern):
     wrong = Peer(name, lambda case: pattern.attend)
     found = entries_of(SHAPE, wrong)
-    for work in (FORWARD, BACKWARD):
+    for work in (FORWARD, BOTH):
         assert found[name, work].trouble.startswith("wrong: out's error is")
         assert not found[name, work].samples and found[name, work].ratio is None
         assert found[OURS, work].ratio == 1.0
@@ -81,7 +96,7 @@ def test_wrong_gradient_is_reported_and_not_timed():
 
     found = entries_of(SHAPE, Peer("crooked", prepare))
     assert found["crooked", FORWARD].trouble == "" and found["crooked", FORWARD].samples
-    assert found["crooked", BACKWARD].trouble.startswith("wrong: grad_value's error is")
+    assert found["crooked", BOTH].trouble.startswith("wrong: grad_value's error is")
 
 
 def test_low_precision_and_nan_and_shape_are_caught():
@@ -106,7 +121,7 @@ def test_missing_or_failing_peer_becomes_a_text():
 
     found = entries_of(SHAPE, Peer("absent", absent), Peer("forward only", forward_only))
     assert found["absent", FORWARD].trouble.startswith("not here: ModuleNotFoundError: No module named")
-    assert found["forward only", BACKWARD].trouble == "NotImplementedError: no backward here"
+    assert found["forward only", BOTH].trouble == "NotImplementedError: no backward here"
     assert found["forward only", FORWARD].ratio > 0
 
 
@@ -186,6 +201,7 @@ def test_goals_compare_ratios_with_what_is_aimed_at():
         ("B1 H8 D16 W4", "S missing"),
         ("B1 B1 H8 S64 D16 W4", "gives B twice"),
         ("B1 H3 K2 S64 D16 W4", "H must be a multiple of K"),
+        ("B1 H2 Q65 S64 D16 W4", "Q must lie between 1 and S"),
     ],
 )
 def test_shape_that_is_not_understood_is_refused(shape, message):
@@ -194,7 +210,7 @@ def test_shape_that_is_not_understood_is_refused(shape, message):
 
 
 def test_shape_text_reads_back():
-    for shape in (SHAPE, "B1 H8 S4096 D64 G512+shift", "B1 H8 S64 D64 W5+sinks:4", "B1 H8 S64 D64 full"):
+    for shape in (SHAPE, "B1 H8 S4096 D64 G512+shift", "B1 H8 S64 D64 W5+sinks:4", "B1 H8 K1 Q3 S64 D64 full"):
         assert parse_case(parse_case(shape).shape) == parse_case(shape)
 
 
@@ -217,7 +233,7 @@ def test_command_writes_tables_json_and_picture(tmp_path):
     assert {"cpu", "cores", "threads", "torch", "commit", "date"} <= set(run["machine"])
     assert set(run["ceilings"]) == {"copy GB/s", "matmul float32 GFLOP/s"}
     assert [(e["peer"], e["work"], len(e["samples"])) for e in run["attention"]] == [
-        (peer, work, 2) for peer in (OURS, "sdpa, dense mask") for work in (FORWARD, BACKWARD)
+        (peer, work, 2) for peer in (OURS, "sdpa, dense mask") for work in (FORWARD, BOTH)
     ]
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longattn.bench.compare import BACKWARD, FORWARD
+from longattn.bench.compare import BOTH, FORWARD
 from longattn.bench.peers import OURS, PEERS
 from longattn.bench.report import Run
 from longattn.bench.text import milliseconds
@@ -34,7 +34,7 @@ def plot_comparison(run: Run, path: Path) -> None:
     figure, axes = _figure(len(cases), 2, 12, 0.6 + 2.0 * len(cases))
     colours = {peer.name: f"C{number}" for number, peer in enumerate(PEERS)}
     for row, (shape, dtype) in enumerate(cases):
-        for column, work in enumerate((FORWARD, BACKWARD)):
+        for column, work in enumerate((FORWARD, BOTH)):
             axis = axes[row][column]
             key = (shape, dtype, work)
             entries = [entry for entry in run.attention if (entry.shape, entry.dtype, entry.work) == key]

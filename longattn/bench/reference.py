@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch import Tensor
 from longattn.bench.cases import Case
 from longattn.pattern import Pattern
 
-__all__ = ["NAMES", "Results", "bounds", "dense_results"]
+__all__ = ["NAMES", "Pairs", "Results", "bounds", "dense_results", "picked"]
 
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 ROWS = 256  # queries of a block: bounds the logits that are held
-Results = tuple[Tensor, ...]  # out, then the gradients of query, key and value
+Results = tuple[Tensor, ...]  # out, then the gradients of query, key and value: (pairs, heads of a pair, S, D) each
+Pairs = Sequence[tuple[int, int]]  # batch rows and key heads
 
 
 def first_seen(pattern: Pattern, positions: Tensor, head: int, num_heads: int) -> Tensor:
@@ -28,34 +30,54 @@ def first_seen(pattern: Pattern, positions: Tensor, head: int, num_heads: int) -
     return ((positions + shift) // pattern.size * pattern.size - shift).clamp_(min=0)
 
 
-def _head(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, head: int, num_heads: int) -> Tensor:
-    """One head, block of queries by block: query, key, value and the result (S, D)."""
-    outs = []
-    for start in range(0, len(query), ROWS):
-        rows = torch.arange(start, min(start + ROWS, len(query)))
-        low = first_seen(pattern, rows, head, num_heads)
-        first, last = 0 if pattern.sinks else int(low.min()), int(rows[-1]) + 1
-        keys = torch.arange(first, last)
-        seen = (keys <= rows[:, None]) & ((keys >= low[:, None]) | (keys < pattern.sinks))
-        logits = query[start : start + ROWS] @ key[first:last].T / math.sqrt(query.shape[-1])
-        outs.append(torch.softmax(logits.masked_fill_(~seen, -math.inf), -1) @ value[first:last])
-    return torch.cat(outs)
+def picked(x: Tensor, case: Case, rows: Pairs | None = None) -> Tensor:
+    """Those parts of a (B, H or K, S, D) tensor that belong to `rows`: (pairs, H / K or 1, S, D)."""
+    parts = x.unflatten(1, (case.kv_heads, -1))  # (B, K, H / K or 1, S, D)
+    if rows is None:
+        return parts.flatten(0, 1)
+    return torch.stack([parts[batch, kv] for batch, kv in rows])
 
 
-def dense_results(case: Case, inputs: tuple[Tensor, ...], *, dtype: torch.dtype = torch.float64) -> Results:
-    """Output and gradients by matmul, softmax, matmul in `dtype`, of inputs as `Case.inputs` makes them."""
-    query, key, value, grad = (x.detach().to(dtype) for x in inputs)
-    results = tuple(torch.zeros_like(x) for x in (query, query, key, value))
-    for b in range(case.batch):
-        for h in range(case.heads):
-            kv = h // (case.heads // case.kv_heads)
-            leaves = [x.clone().requires_grad_() for x in (query[b, h], key[b, kv], value[b, kv])]
-            out = _head(leaves[0], leaves[1], leaves[2], case.pattern, h, case.heads)
-            results[0][b, h] = out.detach()
-            shares = torch.autograd.grad(out, leaves, grad[b, h])
-            for total, share, index in zip(results[1:], shares, (h, kv, kv), strict=True):
-                total[b, index] += share
+def dense_results(
+    case: Case, inputs: tuple[Tensor, ...], *, dtype: torch.dtype = torch.float64, rows: Pairs | None = None
+) -> Results:
+    """Output and gradients by matmul, softmax, matmul in `dtype`, of inputs as `Case.inputs` makes them.
+
+    Args:
+        rows: (batch row, key head) pairs to compute, in the order of `picked`; all by default.
+    """
+    pairs = rows or [(batch, kv) for batch in range(case.batch) for kv in range(case.kv_heads)]
+    whole = [picked(x.detach(), case, rows) for x in inputs]
+    results = tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (whole[0], *whole[:3]))
+    group = case.heads // case.kv_heads
+    for place, (_, kv) in enumerate(pairs):
+        key, value = whole[1][place, 0].to(dtype), whole[2][place, 0].to(dtype)
+        for member in range(group):
+            query, grad = whole[0][place, member].to(dtype), whole[3][place, member].to(dtype)
+            targets = results[0][place, member], results[1][place, member], results[2][place, 0], results[3][place, 0]
+            _head(case, kv * group + member, (query, key, value, grad), targets)
     return results
+
+
+def _head(case: Case, head: int, inputs: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> None:
+    """One head, block of queries by block: results written into `targets`, those of keys and values added."""
+    (query, key, value, grad), (out, grad_query, grad_key, grad_value) = inputs, targets
+    scale, start = 1 / math.sqrt(case.head_dim), case.tokens - case.num_queries
+    for first in range(0, case.num_queries, ROWS):
+        block = slice(first, min(first + ROWS, case.num_queries))
+        positions = torch.arange(block.start, block.stop, device=query.device) + start
+        low = first_seen(case.pattern, positions, head, case.heads)
+        numbers = torch.arange(0 if case.pattern.sinks else int(low.min()), int(positions[-1]) + 1, device=query.device)
+        seen = (numbers <= positions[:, None]) & ((numbers >= low[:, None]) | (numbers < case.pattern.sinks))
+        span = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        logits = query[block] @ key[span].T * scale
+        weights = torch.softmax(logits.masked_fill_(~seen, -math.inf), -1)
+        out[block] = weights @ value[span]
+        slopes = grad[block] @ value[span].T
+        slopes = weights * (slopes - (weights * slopes).sum(-1, keepdim=True)) * scale
+        grad_query[block] = slopes @ key[span]
+        grad_key[span] += slopes.T @ query[block]
+        grad_value[span] += weights.T @ grad[block]
 
 
 def bounds(case: Case, reference: Results, low: Results | None = None) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from longattn.bench.cases import DTYPES, QUICK_SHAPES, SHAPES, Case, parse_case
-from longattn.bench.compare import compare
+from longattn.bench.compare import Method, compare
 from longattn.bench.machine import ceilings, load_average, machine_facts
 from longattn.bench.memory import measure
 from longattn.bench.peers import peers_for
@@ -90,10 +90,9 @@ def bench(
 def _compare(
     run: Run, cases: list[Case], names: list[str] | None, rounds: int, budget: float, memory: bool, say: Say
 ) -> None:
+    method = Method(rounds, budget, run.clock, say=say)
     for case in cases:
-        run.attention += compare(
-            case, peers_for(case.pattern, names), rounds=rounds, budget_s=budget, clock=run.clock, say=say
-        )
+        run.attention += compare(case, peers_for(case.pattern, names), method)
     for case in cases[:1] if memory else []:
         for peer in peers_for(case.pattern, names):
             say(f"memory of {peer.name}")
