@@ -1,9 +1,9 @@
 """Counts machine instructions for each HMMA in the loops of attention kernels: longattn's beside FlashAttention-2's.
 
 The main loop of a kernel holds its products. What is counted is the cheapest way through it that executes all of its
-HMMA: what an interior tile costs, since masks, unaligned loads and the like lie behind branches (FlashAttention-2 masks
-every tile of a window without branches, which counts). Needs a build with CUDA kernels, cuobjdump, and, for
-FlashAttention-2, a torch with CUDA.
+HMMA and fetches the next tile: what an interior tile costs, since masks, unaligned loads and the like lie behind
+branches (FlashAttention-2 masks every tile of a window without branches, which counts). Needs a build with CUDA
+kernels, cuobjdump, and, for FlashAttention-2, a torch with CUDA.
 
 Usage: cuda_loops.py [HEAD_DIM ...]
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from cuda_budget import cuobjdump, run
 
 ARCH = "sm_80"
+SIZE = 16  # bytes of an instruction
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 OURS = r"longattn.*window_attn_(fwd|bwd_query|bwd_key)I.*(ForwardTraits|BackwardTraits).*Bf16ELi{dim}E"
 FLASH = (
@@ -61,8 +62,9 @@ def blocks_of(sass: str) -> dict[int, Block]:
     lines = [(int(m[1], 16), m[2], m[3], m[4]) for m in LINE.finditer(sass)]
     jumps = {}
     for address, _, operation, rest in lines:
-        if operation.partition(".")[0] == "BRA":
-            target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        skips = operation.startswith("CALL.REL") and target and int(target[1], 16) == address + 2 * SIZE
+        if operation.partition(".")[0] == "BRA" or skips:  # a predicated call past the next instruction is a jump
             jumps[address] = int(target[1], 16) if target else None
     after = {a: b for (a, *_), (b, *_) in zip(lines, lines[1:], strict=False)}
     ends = [address for address, _, operation, _ in lines if operation in ("EXIT", "RET", "BRX")] + list(jumps)
@@ -74,7 +76,7 @@ def blocks_of(sass: str) -> dict[int, Block]:
         block.operations.append(operation)
         following = after.get(address)
         base = operation.partition(".")[0]
-        if base == "BRA":
+        if address in jumps:
             block.next += [jumps[address]] if jumps[address] is not None else []
             if (predicate or ".DIV" in operation or "P" in rest.partition("0x")[0]) and following is not None:
                 block.next.append(following)
@@ -82,9 +84,13 @@ def blocks_of(sass: str) -> dict[int, Block]:
             block.next += [following] if predicate and following is not None else []
         elif following in leaders:
             block.next.append(following)
-    for block in blocks.values():
+    reached, waiting = {lines[0][0]}, [lines[0][0]]
+    while waiting:
+        block = blocks[waiting.pop()]
         block.next = [target for target in block.next if target in blocks]
-    return blocks
+        waiting += set(block.next) - reached
+        reached.update(block.next)
+    return {address: blocks[address] for address in sorted(reached)}
 
 
 def dominators(blocks: dict[int, Block], entry: int) -> dict[int, set[int]]:
@@ -131,26 +137,30 @@ def loops_of(sass: str) -> list[Loop]:
 
 
 def cheapest(blocks: dict[int, Block], above: dict[int, set[int]], head: int, body: set[int]) -> Loop:
-    """From the head to any jump back to it: most HMMA first, then fewest instructions."""
-    known: dict[int, tuple[int, int, tuple[int, ...]] | None] = {}
+    """From the head to any jump back to it: most HMMA first, then most LDGSTS, then fewest instructions."""
+    known: dict[int, tuple[int, ...] | None] = {}  # the blocks of the best way from each on
     sys.setrecursionlimit(100_000)
 
-    def best(at: int) -> tuple[int, int, tuple[int, ...]] | None:
-        if at in known:
-            return known[at]
-        block, ways = blocks[at], []
-        for target in block.next:
-            if target == head:
-                ways.append((0, 0, ()))
-            elif target in body and target not in above[at]:
-                way = best(target)
-                ways += [way] if way else []
-        way = max(ways, key=lambda w: (w[0], -w[1])) if ways else None
-        known[at] = way and (way[0] + block.count("HMMA"), way[1] + len(block.operations), (at, *way[2]))
+    def value(way: tuple[int, ...]) -> tuple[int, int, int]:
+        through = [blocks[at] for at in way]
+        fetched = sum(block.count("LDGSTS") for block in through)
+        return sum(block.count("HMMA") for block in through), fetched, -sum(len(b.operations) for b in through)
+
+    def best(at: int) -> tuple[int, ...] | None:
+        if at not in known:
+            ways = []
+            for target in blocks[at].next:
+                if target == head:
+                    ways.append((at,))
+                elif target in body and target not in above[at]:
+                    way = best(target)
+                    ways += [(at, *way)] if way else []
+            known[at] = max(ways, key=value) if ways else None
         return known[at]
 
-    hmma, instructions, path = best(head) or (0, 0, ())
-    return Loop(hmma, instructions, tuple(name for at in path for name in blocks[at].operations))
+    way = best(head) or ()
+    hmma, _, instructions = value(way)
+    return Loop(hmma, -instructions, tuple(name for at in way for name in blocks[at].operations))
 
 
 def functions(library: Path, wanted: str) -> Iterator[tuple[str, str]]:
@@ -184,7 +194,9 @@ def report(library: Path, wanted: str) -> None:
                 "integer": loop.count("IADD3", "IMAD", "ISETP", "LEA", "LOP3", "SHF", "MOV", "SEL", "IMNMX", "LOP"),
             }
             text = ", ".join(f"{count} {what}" for what, count in other.items())
-            print(f"{loop.instructions / loop.hmma:6.2f} = {loop.instructions:5d} / {loop.hmma:3d}  {title(name)}: {text}")
+            print(
+                f"{loop.instructions / loop.hmma:6.2f} = {loop.instructions:5d} / {loop.hmma:3d}  {title(name)}: {text}"
+            )
 
 
 def main() -> None:

@@ -78,7 +78,9 @@ def check_sampled(inputs, band: Causal, shift: int) -> None:
         for head in range(heads):
             kv, moved = head // ratio, shift if head >= heads // 2 else 0
             one = Head(query[0, head], key[0, kv], value[0, kv], grad[0, head], band, moved, dtype)
-            rows.append([torch.stack([x.double().cpu() for x in parts]) for parts in zip(*map(one.row, places))])
+            rows.append(
+                [torch.stack([x.double().cpu() for x in parts]) for parts in zip(*map(one.row, places), strict=True)]
+            )
             for place, token in enumerate(places):
                 columns[:, kv, place] += torch.stack(one.column(token)).cpu()
         results += [torch.stack(parts) for parts in zip(*rows, strict=True)] + list(columns)

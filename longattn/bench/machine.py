@@ -1,11 +1,13 @@
-"""What was measured on: processor, threads, load, versions, commit, date, and the machine's own ceilings."""
+"""What was measured on: processor or GPU, threads, load, versions, commit, date, and the machine's own ceilings."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from longattn.bench.timing import Clock, interleave, median_ms
 from longattn.info import build_info
 
-__all__ = ["ceilings", "load_average", "machine_facts"]
+__all__ = ["ceilings", "gpu_facts", "gpu_state", "load_average", "machine_facts"]
 
 MATRIX = 1024
 COPY_BYTES = 64 << 20
@@ -33,6 +35,38 @@ def machine_facts() -> dict[str, Any]:
             name: fact for name, fact in build_info().items() if name in ("longattn", "python", "torch", "transformers")
         },
     }
+
+
+def gpu_facts(device: str) -> dict[str, Any]:
+    """`machine_facts`, and those of the GPU, its driver and the libraries of the peers; `sources` is a digest."""
+    facts = {**machine_facts(), "sources": _sources(), "device": _cpu_model(), "driver": None}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "device": properties.name,
+            "driver": gpu_state(device).get("driver_version"),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    for package in ("triton", "nvidia-cudnn-frontend", "flash-attn-4"):
+        facts[package] = _version(package)
+    return facts
+
+
+def gpu_state(device: str) -> dict[str, str]:
+    """Clocks, power and temperature of the first GPU as nvidia-smi gives them; empty on a CPU."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if device == "cpu":
+        return {}
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return {}
+    return dict(zip(fields, (part.strip() for part in line.split(",")), strict=False))
 
 
 def load_average() -> float | None:
@@ -66,6 +100,22 @@ def _cpu_model() -> str:
             numbers = ", ".join(f"{name} {stripped[name]}" for name in ("cpu family", "model") if name in stripped)
             return f"{stripped['model name']} ({numbers})"
     return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _sources() -> str:
+    """A digest of the package's Python and, beside a source tree, of its C++ and CUDA: which code was measured."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *package.parent.glob("csrc/**/*.[chu]*")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from longattn.bench.cases import DTYPES, QUICK_SHAPES, SHAPES, Case, parse_case
-from longattn.bench.compare import Method, compare
+from longattn.bench.compare import FORWARD, Method, compare
 from longattn.bench.machine import ceilings, load_average, machine_facts
 from longattn.bench.memory import measure
 from longattn.bench.peers import peers_for
@@ -78,9 +78,8 @@ def bench(
                 where = QUICK_ROPE if quick else ROPE
                 for name in dtypes:
                     status.update(f"rotary embedding, {name}")
-                    run.rope += compare_rope(
-                        where, DTYPES[name], rounds=rounds, budget_s=budget, clock=clock, compiled=not quick
-                    )
+                    method = Method(rounds, budget, clock, works=(FORWARD,))
+                    run.rope += compare_rope(where, DTYPES[name], method, compiled=not quick)
     run.load_after = load_average()
     for table in tables(run):
         console.print(table, soft_wrap=isinstance(table, str))

@@ -1,0 +1,1 @@
+"""The benchmark on a GPU: longattn beside windows of FlashAttention and cuDNN, FlexAttention, Triton rope, ceilings."""
