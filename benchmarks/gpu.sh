@@ -25,8 +25,8 @@ while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2 ;;
     --wheels) wheels=$2 ;;
-    --from) bench+=(--from "$2") ;;
-    --device) bench+=(--device "$2") ;; # cpu: tiny cells, to try this script out
+    --from | --seconds) bench+=("$1" "$2") ;;
+    --device) bench+=("$1" "$2") ;; # cpu: tiny cells, to try this script out
     *) echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
   esac
   shift 2

@@ -1,8 +1,13 @@
 """The benchmark for GPUs, tried out on the CPU: cells, peers' calls, what a run leaves and how it goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import cuda_small_set
 import pytest
 import torch
 
@@ -19,6 +24,7 @@ from longattn.bench.peers import OURS, PEERS, Peer
 from longattn.bench.rope import RopeShape
 from longattn.pattern import Pattern
 
+ROOT = Path(__file__).parents[1]
 SILENT = Bench("cpu", "core", lambda text: None)
 FACTS = {"device": "Some GPU", "driver": "1", "torch": "2", "commit": "abc", "sources": "123", "date": "2026-01-02T03"}
 
@@ -178,3 +184,46 @@ def test_every_peer_of_a_window_is_asked_and_absent_ones_say_so():
     names = [peer.name for peer in gpu_peers("window", parse_case("B1 H4 S64 D16 W8"))]
     assert names[:2] == [OURS, FLASH] and len(names) == 7
     assert [peer.name for peer in gpu_peers("group", parse_case("B1 H4 S64 D16 G8"))][1] == WINDOW
+
+
+def gpu_sh(*arguments, **environment):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
+    variables = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def test_script_keeps_its_log_and_refuses_what_it_does_not_know(tmp_path):
+    folder = tmp_path / "out"
+    run = gpu_sh("core", "--device", "cpu", "--out", str(folder), "--seconds", "0")
+    assert run.returncode == len(cells("core", TINY, "cpu")), run.stdout + run.stderr
+    assert "remain: run this again" in (folder / "logs" / "core.log").read_text()
+    assert gpu_sh("table", "--device", "cpu", "--out", str(folder)).returncode == 0
+    assert "unknown stage nothing" in gpu_sh("nothing", "--out", str(folder)).stdout
+    assert gpu_sh().returncode == gpu_sh("core", "--colour", "red").returncode == 2
+
+
+def tool(folder, text, status):
+    """A program that prints, in place of compute-sanitizer."""
+    program = folder / "sanitizer"
+    program.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "expected", "ends"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, "memcheck: ERROR SUMMARY: 0 errors", 0),
+        ("Error: Device not supported", 1, "memcheck: not run, the tool refuses this device", 0),
+        ("Invalid __global__ write of size 4", 9, "memcheck: FAILED", 1),
+    ],
+)
+def test_sanitizer_that_refuses_a_device_is_told_from_one_that_finds_something(text, status, expected, ends, tmp_path):
+    run = gpu_sh("sanitize", "--out", str(tmp_path / "out"), SANITIZER=tool(tmp_path, text, status))
+    assert run.returncode == ends and expected in run.stdout
+    assert "not run: no" in gpu_sh("sanitize", "--out", str(tmp_path / "out"), SANITIZER="no-such-tool").stdout
+
+
+def test_the_small_set_for_sanitizers_calls_every_kernel(capsys):
+    cuda_small_set.main("cpu")
+    assert capsys.readouterr().out == "36 calls on cpu\n"
