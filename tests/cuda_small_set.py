@@ -50,7 +50,10 @@ def rotary(device: str) -> int:
             cos, sin = torch.randn(2, 37, half, device=device)
             turned, _ = longattn.apply_rope(query, key, cos, sin, interleaved=interleaved)
             torch.autograd.grad(turned.float().square().sum(), query)
-    return 6
+            inv_freq = torch.rand(half, device=device, dtype=torch.float64)
+            positions = torch.arange(37, device=device) + 10_000_000
+            longattn.apply_rope_positions(query, key, positions, inv_freq, interleaved=interleaved)
+    return 12
 
 
 def main(device: str) -> None:

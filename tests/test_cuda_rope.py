@@ -97,6 +97,28 @@ def test_positions_of_ten_million_are_right(device):
         assert_close(out.cpu(), rotated(x.cpu(), angle, False))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_phases_formed_in_the_kernel_are_exact(packed, interleaved, device):
+    inv_freq, scaling = longattn.rope_frequencies({"rope_type": "default", "rope_theta": 1e4}, 64)
+    documents = torch.tensor([0, 9, 9, 30, 37], dtype=torch.int32)
+    positions = torch.arange(10_000_000, 10_000_037)
+    options = {"cu_seqlens": documents.to(device)} if packed else {}
+    counted = torch.cat([torch.arange(n) for n in documents.diff().tolist()]) if packed else positions
+    angle = counted.double()[:, None] * inv_freq
+    for dtype in DTYPES[device]:
+        leaves = [x.requires_grad_() for x in inputs((1, 37, 4, 2, 80, 32), dtype, device)[:2]]
+        given = None if packed else positions.to(device)
+        args = given, inv_freq.to(device), scaling
+        choice = longattn.which(longattn.apply_rope_positions, *leaves, *args, interleaved=interleaved, **options)
+        assert device == "cpu" or choice.path == "compiled", choice.reason
+        outs = longattn.apply_rope_positions(*leaves, *args, interleaved=interleaved, **options)
+        grads = torch.autograd.grad(outs, leaves, outs)
+        for x, out, grad in zip(leaves, outs, grads, strict=True):
+            assert_close(out.detach().cpu(), rotated(x.detach().cpu(), angle, interleaved))
+            assert_close(grad.cpu(), rotated(out.detach().cpu(), -angle, interleaved))
+
+
 def test_graph_replays_with_other_values_and_the_same_bits(device):
     query, key, angle = inputs(SHAPES[1], torch.bfloat16, device)
     cos, sin = tables(angle, device)

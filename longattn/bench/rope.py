@@ -83,7 +83,7 @@ def compare_rope(shape: RopeShape, dtype: torch.dtype, method: Method, *, compil
     positions = torch.arange(shape.tokens, device=shape.device)
     cos, sin = longattn.rope_cos_sin(positions, inv_freq.to(shape.device), scaling, dtype=torch.float64)
     text = f"Hq{shape.heads} Hkv{shape.kv_heads} S{shape.tokens} D{shape.head_dim}"
-    ways = _ways(cos.float(), sin.float(), dtype, compiled)
+    ways = _ways(cos.float(), sin.float(), inv_freq.to(shape.device), dtype, compiled)
     entries: list[RopeEntry] = []
     for work in method.works:
         inputs, sign = (sets[0], sin) if work == FORWARD else (grads, -sin)
@@ -143,8 +143,8 @@ def _judge(entry: RopeEntry, got: Pair, exact: list[Tensor], dtype: torch.dtype)
 
 
 def _ways(
-    cos: Tensor, sin: Tensor, dtype: torch.dtype, compiled: bool
-) -> dict[str, Callable[[], Rotate]]:  # fmt: skip
+    cos: Tensor, sin: Tensor, inv_freq: Tensor, dtype: torch.dtype, compiled: bool
+) -> dict[str, Callable[[], Rotate]]:
     def plain() -> Rotate:
         return lambda query, key: longattn.apply_rope(query, key, cos, sin)
 
@@ -170,7 +170,11 @@ def _ways(
     def copy() -> Rotate:
         return lambda query, key: (query.clone(), key.clone())
 
-    ways: dict[str, Callable[[], Rotate]] = {"longattn": plain}
+    def formed() -> Rotate:
+        positions = torch.arange(len(cos), device=cos.device)
+        return lambda query, key: longattn.apply_rope_positions(query, key, positions, inv_freq)
+
+    ways: dict[str, Callable[[], Rotate]] = {"longattn": plain, "longattn, phases formed inside": formed}
     if cos.device.type == "cpu":  # on a GPU autograd's threads do not see that it is forced
         ways["longattn, pure"] = pure
     ways["transformers, eager"] = lambda: transformers(False)

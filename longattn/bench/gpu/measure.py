@@ -26,11 +26,12 @@ GRID_PEERS = (OURS, FLASH, "cuDNN")
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures cells on a device; the CPU only to show that all of this runs."""
+    """Measures cells on a device; the CPU only to show that all of this runs. `compiled` is for peers that compile."""
 
     device: str
     stage: str
     say: Callable[[str], None]
+    compiled: bool = True
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """Everything found at one cell, as JSON holds it; clocks and temperature before and after."""
@@ -38,7 +39,7 @@ class Bench:
         measured = cell.measured
         if isinstance(measured, RopeShape):
             method = self._method(2 * measured.elements, works=(FORWARD, BACKWARD))
-            entries: list[Any] = list(compare_rope(measured, torch.bfloat16, method, compiled=True))
+            entries: list[Any] = list(compare_rope(measured, torch.bfloat16, method, compiled=self.compiled))
             moved: dict[str, float] = {"bytes": 4.0 * measured.elements}
         else:
             entries = list(compare(measured, self._peers(cell.what, measured), self._attention_method(cell)))
@@ -52,7 +53,7 @@ class Bench:
         }
 
     def _peers(self, what: str, case: Case) -> list[Any]:
-        peers = gpu_peers(what, case)
+        peers = [peer for peer in gpu_peers(what, case) if self.compiled or not peer.compiled]
         return peers if self.stage == "core" else [peer for peer in peers if peer.name in GRID_PEERS]
 
     def _take(self) -> Callable[[Call], Sample]:
