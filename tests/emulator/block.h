@@ -68,7 +68,16 @@ struct Block {
   const std::function<void()>* body = nullptr;
 };
 
+// What works beside the threads, where a family of devices has such a thing.
+struct Engine {
+  virtual void start_block() = 0;
+  virtual void end_block() = 0;
+  virtual bool step(unsigned random) = 0;  // whether there was something to do
+  virtual ~Engine() = default;
+};
+
 inline Block* block = nullptr;
+inline Engine* engine = nullptr;
 inline Thread* self = nullptr;
 inline Counters counters;
 inline unsigned schedule_seed = 0;
@@ -172,6 +181,7 @@ inline void run_block(Block& running, std::mt19937& random) {
     for (unsigned w = 0; w < warps && !(schedule_seed && progress); ++w)  // others only while the favoured one waits
       progress |= schedule_seed ? run_warp(running, (favoured + w) % warps, random() % 32) : run_warp(running, w, 0);
     if (burst) --burst;
+    if (engine && (!progress || (schedule_seed && random() % 4 == 0))) progress |= engine->step(random());
     if (!progress) fail(running.at_barrier ? "deadlock at __syncthreads" : "deadlock in a warp collective");
   }
 }
@@ -226,7 +236,9 @@ inline void launch(dim3 grid, dim3 threads_dim, size_t shared_bytes, const std::
       running.warps[t / 32].live |= 1u << t % 32;
     }
     const int64_t mma_before = counters.mma;
+    if (engine) engine->start_block();
     run_block(running, random);
+    if (engine) engine->end_block();
     counters.most_mma = std::max(counters.most_mma, counters.mma - mma_before);
     for (Thread& thread : running.threads) thread.context.finish();
   }
