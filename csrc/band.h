@@ -130,6 +130,25 @@ struct KeyTiles {
     return tile < sink_tiles ? sink_begin + tile * size : band_begin + (tile - sink_tiles) * size;
   }
   LONGATTN_HD bool interior(int tile) const { return common.covers(begin(tile), begin(tile) + size); }
+
+  // How many tiles begin, or end, before a key: they come in the order of their keys.
+  LONGATTN_HD int begun_before(int key) const { return before(key + size - 1); }
+  LONGATTN_HD int ended_before(int key) const { return before(key); }
+  // The tiles that hold some of these keys, or none but these.
+  LONGATTN_HD Range touched_by(const Range& keys) const {
+    if (keys.empty()) return {0, 0};
+    return {ended_before(keys.begin), begun_before(keys.end)};
+  }
+  LONGATTN_HD Range within(const Range& keys) const {
+    const int from = begun_before(keys.begin);
+    return {from, larger(from, ended_before(keys.end))};
+  }
+
+ private:
+  LONGATTN_HD int whole_tiles(int keys, int most) const { return smaller(larger(keys, 0) / size, most); }
+  LONGATTN_HD int before(int key) const {
+    return whole_tiles(key - sink_begin, sink_tiles) + whole_tiles(key - band_begin, band_tiles);
+  }
 };
 
 // The queries that a tile of keys meets: `band`, whose queries may see any of its keys, and behind it `sinks`, whose

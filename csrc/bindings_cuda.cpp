@@ -13,6 +13,7 @@
 
 #include "rope.h"
 #include "window_attn.h"
+#include "window_attn_sm90.h"
 
 // Absent from a torch without CUDA, and from its headers: weak, so that one binary loads with either.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -140,6 +141,10 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
              const Tensor& out, const Tensor& lse) {
   const AttentionParams p = params_of(query, key, value, out, lse, options, bands);
   const CurrentStream current(query);
+  if (longattn::cuda::sm90_takes(p)) {
+    check(longattn::cuda::window_attn_forward_sm90(p, current.stream), "attention forward");
+    return;
+  }
   longattn::cuda::ForwardPlan plan{};
   check(longattn::cuda::plan_forward(p, plan), "attention forward");
   Tensor scratch = torch::stable::new_empty(query, {plan.scratch_bytes}, ScalarType::Byte);

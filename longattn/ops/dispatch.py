@@ -108,6 +108,7 @@ class _Op:
     why_not_compiled: Callable[..., str | None]
     private: str
     example: Callable[[torch.device, torch.dtype], tuple[Any, ...]] | None
+    kernel_note: Callable[..., str | None] | None
 
 
 _ops: dict[str, _Op] = {}
@@ -124,6 +125,7 @@ def register(
     why_not_compiled: Callable[..., str | None],
     private: str,
     example: Callable[[torch.device, torch.dtype], tuple[Any, ...]] | None = None,
+    kernel_note: Callable[..., str | None] | None = None,
 ) -> None:
     """Make a public op known to `choose`, `which` and `longattn doctor`.
 
@@ -134,8 +136,9 @@ def register(
             reason. It sees only calls on devices for which the kernel was compiled.
         private: the op that the compiled module implements, e.g. "_rope_fwd".
         example: (device, dtype) -> public arguments of a small typical call, for `longattn doctor`.
+        kernel_note: the torch op's arguments -> which of several compiled kernels serves them, where that is not plain.
     """
-    _ops[name] = _Op(name, prepare, why_not_compiled, private, example)
+    _ops[name] = _Op(name, prepare, why_not_compiled, private, example, kernel_note)
 
 
 def registered() -> dict[str, Callable[[torch.device, torch.dtype], tuple[Any, ...]]]:
@@ -232,7 +235,11 @@ def which(op: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> Which:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"which: op must be one of {', '.join(sorted(_ops))}, got {name}")
-    return _decide(_ops[name], _ops[name].prepare(*args, **kwargs))
+    known = _ops[name]
+    prepared = known.prepare(*args, **kwargs)
+    decided = _decide(known, prepared)
+    note = known.kernel_note(*prepared) if known.kernel_note and decided.path == "compiled" else None
+    return decided if note is None else Which(decided.path, f"{decided.reason}: {note}")
 
 
 @contextlib.contextmanager

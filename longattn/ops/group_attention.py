@@ -13,6 +13,7 @@ from longattn.ops.attention import Bands, define_attention, options
 from longattn.ops.band import GroupBand
 from longattn.ops.checks import check_count
 from longattn.ops.compiled import why_not_compiled
+from longattn.ops.hopper import kernel_note
 
 __all__ = ["group_attention"]
 
@@ -140,4 +141,11 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 define_attention(OP, "SymInt group_size, SymInt[] shifts, bool causal", _check_band, _make_bands)
-dispatch.register(OP, prepare=_prepare, why_not_compiled=why_not_compiled, private="_group_fwd", example=_example)
+dispatch.register(
+    OP,
+    prepare=_prepare,
+    why_not_compiled=why_not_compiled,
+    private="_group_fwd",
+    example=_example,
+    kernel_note=kernel_note,
+)

@@ -12,6 +12,7 @@ from longattn.ops.attention import Bands, define_attention, options
 from longattn.ops.band import WindowBand
 from longattn.ops.checks import check_count, is_int
 from longattn.ops.compiled import why_not_compiled
+from longattn.ops.hopper import kernel_note
 
 __all__ = ["window_attention"]
 
@@ -138,4 +139,11 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 define_attention(OP, "SymInt left, SymInt right", _check_band, _make_bands)
-dispatch.register(OP, prepare=_prepare, why_not_compiled=why_not_compiled, private="_window_fwd", example=_example)
+dispatch.register(
+    OP,
+    prepare=_prepare,
+    why_not_compiled=why_not_compiled,
+    private="_window_fwd",
+    example=_example,
+    kernel_note=kernel_note,
+)

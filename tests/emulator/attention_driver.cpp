@@ -7,8 +7,12 @@
 #include <string>
 #include <vector>
 
+#ifdef LONGATTN_DRIVE_SM90
+#include "window_attn_fwd_sm90.cu"
+#else
 #include "window_attn_bwd.cu"
 #include "window_attn_fwd.cu"
+#endif
 
 using namespace longattn;
 using namespace longattn::cuda;
@@ -59,6 +63,10 @@ cudaError_t forward(std::ifstream& in, Buffers& buffers) {
   AttentionParams p;
   in.read(reinterpret_cast<char*>(&p), sizeof(p));
   read_forward(buffers, p, true);
+#ifdef LONGATTN_DRIVE_SM90
+  return window_attn_forward_sm90(p, nullptr);
+}
+#else
   const cudaError_t error = plan_forward(p, plan);
   if (error != cudaSuccess) return error;
   return window_attn_forward(p, plan, buffers.scratch(plan.scratch_bytes), nullptr);
@@ -87,6 +95,7 @@ cudaError_t backward(std::ifstream& in, Buffers& buffers) {
   b.sink_sums = static_cast<float*>(buffers.scratch(scratch.sink_sums_bytes));
   return window_attn_backward(b, nullptr);
 }
+#endif
 
 }  // namespace
 
@@ -96,10 +105,14 @@ int main(int argc, char** argv) {
   simt::schedule_seed = static_cast<unsigned>(std::stoul(argv[4]));
   simt::multiprocessors = std::stoi(argv[5]);
   Buffers buffers{in, {}, {}};
+#ifdef LONGATTN_DRIVE_SM90
+  const cudaError_t error = forward(in, buffers);
+#else
   const std::string which = argv[1];
   const cudaError_t error = which == "backward"  ? backward(in, buffers)
                             : which == "forward" ? forward(in, buffers)
                                                  : only_plan(in);
+#endif
   std::ofstream out(argv[3], std::ios::binary);
   for (const auto& [data, bytes] : buffers.written) out.write(data, bytes);
   const simt::Counters& c = simt::counters;

@@ -1,0 +1,102 @@
+"""Bugs planted into the kernels for compute capability 9.0: what each part of their synchronisation is there for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from emulator.attention import Call
+from emulator.build import ROOT
+from emulator.checks import qkv
+from emulator.hopper_checks import build_hopper, check_forward
+from emulator.planted import THREAD, Bug
+
+KERNEL = "window_attn_fwd_sm90.cuh"
+# One bug for each kind of check.
+BUGS = {
+    "K multiplied before it is there": Bug(
+        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
+    ),
+    "the wrong parity": Bug(
+        KERNEL, "(Shared::kValueFree + ring.stage), ring.parity ^ 1)",
+        "(Shared::kValueFree + ring.stage), ring.parity)", "deadlock",
+    ),
+    "V passed on before it is multiplied": Bug(
+        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied) release(Shared::kValueFree, at);",
+        "if (multiplied) release(Shared::kValueFree, at);\n    simt::wgmma_wait<0>(rows.out);", "data race", THREAD,
+    ),
+}  # fmt: skip
+MORE_BUGS = {
+    "V multiplied before it is there": Bug(
+        KERNEL, "wait_for(Shared::kValueFull, at);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
+    ),
+    "Q multiplied before it is there": Bug(
+        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kQueryFull + slot), slots.parity);", "", "NaN"
+    ),
+    "K copied over while it is read": Bug(
+        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kKeyFree + ring.stage), ring.parity ^ 1);", "",
+        "NaN|exceeds|arrivals|deadlock",
+    ),
+    "the steps of K too short": Bug(KERNEL, "c % kSteps * 32", "c % kSteps * 16", "exceeds"),
+    "the steps of V too short": Bug(
+        KERNEL, "n * 16 * Traits::kRowBytes / 16", "n * 8 * Traits::kRowBytes / 16", "exceeds"
+    ),
+    "too few bytes expected": Bug(
+        KERNEL, "mbarrier_arrive_expect(barrier, Traits::kTileBytes)",
+        "mbarrier_arrive_expect(barrier, Traits::kTileBytes / 2)", "NaN|exceeds|arrivals|deadlock",
+    ),
+    "weights replaced while they are multiplied": Bug(
+        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied)", "if (multiplied)", "NaN|exceeds|flight|fence"
+    ),
+    "sums read while they are formed": Bug(
+        KERNEL, "issue_keys(query);\n      simt::wgmma_wait<0>(rows.s);", "issue_keys(query);", "NaN"
+    ),
+    "no fence before a product": Bug(
+        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    simt::wgmma_fence();", "wait_for(Shared::kKeyFull, ring);",
+        "wgmma.fence",
+    ),
+    "tiles left out but not passed on": Bug(
+        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    release(Shared::kKeyFree, ring);", 
+        "wait_for(Shared::kKeyFull, ring);", "deadlock",
+    ),
+    "too few warps pass a stage on": Bug(
+        KERNEL, "init(kValueFull, kStages, 1, 4 * kConsumers);", "init(kValueFull, kStages, 1, 4 * kConsumers - 4);",
+        "data race|arrivals|deadlock", THREAD,
+    ),
+    "the output stored before all have staged it": Bug(
+        KERNEL, "simt::sync_warpgroup(1 + group);  // the whole output is staged", "", "no fence has made|data race",
+        THREAD,
+    ),
+    "the output staged over Q that is read": Bug(
+        KERNEL, "simt::sync_warpgroup(1 + group);  // all have multiplied Q, which is written over", "", "data race",
+        THREAD,
+    ),
+    "no fence before the output is stored": Bug(
+        KERNEL, "simt::fence_async_proxy();\n    simt::sync_warpgroup", "simt::sync_warpgroup", "no fence has made"
+    ),
+    "a slot filled while its output is read": Bug(
+        KERNEL, "simt::store_wait_read();\n      simt::mbarrier_arrive", "simt::mbarrier_arrive",
+        "data race|NaN|exceeds", THREAD,
+    ),
+    "a plan changed while it is followed": Bug(
+        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);", "",
+        "data race", THREAD,
+    ),
+    "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
+}  # fmt: skip
+
+
+def check_is_noticed(bug: Bug, folder: Path) -> None:
+    """Plant a bug, and see some schedule fail as it should."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = (csrc / bug.file).read_text()
+    assert source.count(bug.before) == 1, f"{bug.file} holds {source.count(bug.before)} places to plant in"
+    (csrc / bug.file).write_text(source.replace(bug.before, bug.after))
+    flags = ("-O1", "-g", "-w", *([bug.sanitizer] if bug.sanitizer else []))
+    emulated = build_hopper(folder, *flags, head_dim=64, csrc=csrc)
+    with pytest.raises(AssertionError, match=bug.noticed):
+        for seed in range(8):
+            check_forward(emulated, *qkv(1, 2, 2, 420, 420, 64), Call(window=(130, 3), sinks=2), seed=seed)
+            assert not emulated.output, emulated.output
