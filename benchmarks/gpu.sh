@@ -9,11 +9,12 @@
 #   core      the cells that matter most, with all peers; a results file and its tables
 #   grid      windows 128 to 4096 over lengths 2k to 128k, from cell K on
 #   table     the tables of the results file as it is
+# With LONGATTN_HOPPER=1 the same of the kernels for compute capability 9.0, into files of their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-  sed -n '2,12s/^# \?//p' "$0" >&2
+  sed -n '2,13s/^# \?//p' "$0" >&2
   exit 2
 fi
 stage=$1
@@ -52,7 +53,7 @@ build() {
 tests() {
   local begin=$SECONDS file mark failed=0
   for file in tests/test_cuda_*.py; do
-    mark=$out/logs/passed-$(basename "$file" .py)
+    mark=$out/logs/passed-$(basename "$file" .py)${LONGATTN_HOPPER:+-hopper}
     if [ -f "$mark" ] && [ -z "$(find csrc longattn tests \( -name '*.py' -o -name '*.so' \) -newer "$mark" -print -quit)" ]; then
       echo "$file: passed before"
       continue
@@ -79,7 +80,7 @@ sanitize() {
     return
   fi
   for check in memcheck racecheck; do
-    log=$out/logs/sanitize-$check.txt
+    log=$out/logs/sanitize-$check${LONGATTN_HOPPER:+-hopper}.txt
     # Without torch's caching, every tensor is an allocation of its own, whose ends are known.
     if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$((limit / 2))" \
       "$tool" --tool "$check" --error-exitcode 9 "$python" tests/cuda_small_set.py cuda >"$log" 2>&1; then

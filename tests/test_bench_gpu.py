@@ -25,7 +25,8 @@ from longattn.pattern import Pattern
 
 ROOT = Path(__file__).parents[1]
 SILENT = Bench("cpu", "core", lambda text: None, compiled=False)
-FACTS = {"device": "Some GPU", "driver": "1", "torch": "2", "commit": "abc", "sources": "123", "date": "2026-01-02T03"}
+FACTS = {"device": "Some GPU", "driver": "1", "torch": "2", "commit": "abc", "sources": "123", "hopper": False}
+FACTS["date"] = "2026-01-02T03"
 
 
 def test_core_holds_the_twelve_cells_first_then_groups_rope_and_decoding():
@@ -143,6 +144,8 @@ def test_a_run_goes_on_where_the_last_one_of_the_same_sources_ended(tiny_run):
     assert again.cells == content["cells"] and again.path.name == "some-gpu-2026-01-02.json"
     other = Record(folder, {**FACTS, "sources": "456"})
     assert not other.cells and other.path.name == "some-gpu-2026-01-02-456.json"
+    hopper = Record(folder, {**FACTS, "hopper": True})
+    assert not hopper.cells and hopper.path.name == "some-gpu-hopper-2026-01-02.json"
 
 
 def test_the_command_ends_in_time_and_says_what_remains(tmp_path, capsys):

@@ -38,8 +38,12 @@ def machine_facts() -> dict[str, Any]:
 
 
 def gpu_facts(device: str) -> dict[str, Any]:
-    """`machine_facts`, and those of the GPU, its driver and the libraries of the peers; `sources` is a digest."""
+    """`machine_facts`, and those of the GPU, its driver and the libraries of the peers.
+
+    `sources` is a digest; `hopper` says whether LONGATTN_HOPPER asks for the kernels for compute capability 9.0.
+    """
     facts = {**machine_facts(), "sources": _sources(), "device": _cpu_model(), "driver": None}
+    facts["hopper"] = os.environ.get("LONGATTN_HOPPER") == "1"
     if device != "cpu":
         properties = torch.cuda.get_device_properties(0)
         facts |= {

@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["Record"]
 
-IDENTITY = ("device", "driver", "torch", "commit", "sources")
+IDENTITY = ("device", "driver", "torch", "commit", "sources", "hopper")
 
 
 class Record:
@@ -23,7 +23,7 @@ class Record:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-") + "-hopper" * facts["hopper"]
         self.facts = facts
         self.path = folder / f"{name}-{facts['date'][:10]}.json"
         self.content: dict[str, Any] = {"format": 1, "machine": facts, "ceilings": [], "cells": {}}
