@@ -22,6 +22,7 @@ from cuda_budget import cuobjdump, run
 
 ARCH = "sm_80"
 SIZE = 16  # bytes of an instruction
+ENDS = ("EXIT", "RET", "BRX")
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 OURS = r"longattn.*window_attn_(fwd|bwd_query|bwd_key)I.*(ForwardTraits|BackwardTraits).*Bf16ELi{dim}E"
 FLASH = (
@@ -67,7 +68,7 @@ def blocks_of(sass: str) -> dict[int, Block]:
         if operation.partition(".")[0] == "BRA" or skips:  # a predicated call past the next instruction is a jump
             jumps[address] = int(target[1], 16) if target else None
     after = {a: b for (a, *_), (b, *_) in zip(lines, lines[1:], strict=False)}
-    ends = [address for address, _, operation, _ in lines if operation in ("EXIT", "RET", "BRX")] + list(jumps)
+    ends = [address for address, _, operation, _ in lines if operation.partition(".")[0] in ENDS] + list(jumps)
     leaders = {lines[0][0], *(t for t in jumps.values() if t is not None), *(after[e] for e in ends if e in after)}
     blocks: dict[int, Block] = {}
     for address, predicate, operation, rest in lines:
@@ -80,7 +81,7 @@ def blocks_of(sass: str) -> dict[int, Block]:
             block.next += [jumps[address]] if jumps[address] is not None else []
             if (predicate or ".DIV" in operation or "P" in rest.partition("0x")[0]) and following is not None:
                 block.next.append(following)
-        elif base in ("EXIT", "RET", "BRX"):
+        elif base in ENDS:
             block.next += [following] if predicate and following is not None else []
         elif following in leaders:
             block.next.append(following)
