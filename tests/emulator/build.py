@@ -28,6 +28,16 @@ def compile_cpp(folder: Path, source: Path, *flags: str, output: str | None = No
     return binary
 
 
-def load(folder: Path, source: Path, *flags: str) -> ctypes.CDLL:
+def load(folder: Path, source: Path, *flags: str, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
     """Compile a shared library and load it."""
-    return ctypes.CDLL(str(compile_cpp(folder, source, *flags)))
+    return ctypes.CDLL(str(compile_cpp(folder, source, *flags, csrc=csrc)))
+
+
+def plant(folder: Path, file: str, before: str, after: str) -> Path:
+    """Copy csrc/ into `folder` with one place of a file changed."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = (csrc / file).read_text()
+    assert source.count(before) == 1, f"{file} holds {source.count(before)} places to plant in"
+    (csrc / file).write_text(source.replace(before, after))
+    return csrc

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from emulator.attention import Call, build_driver
-from emulator.build import ROOT
+from emulator.build import plant
 from emulator.checks import ONE_HEAD_DIM, check, qkv
 
 THREAD, ADDRESS = "-fsanitize=thread", "-fsanitize=address"
@@ -105,11 +104,7 @@ MORE_BUGS = {
 
 def check_is_noticed(bug: Bug, folder: Path) -> None:
     """Plant a bug, and see the run fail as it should."""
-    csrc = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    source = (csrc / bug.file).read_text()
-    assert source.count(bug.before) == 1, f"{bug.file} holds {source.count(bug.before)} places to plant in"
-    (csrc / bug.file).write_text(source.replace(bug.before, bug.after))
+    csrc = plant(folder, bug.file, bug.before, bug.after)
     flags = (*ONE_HEAD_DIM, "-w", *([bug.sanitizer] if bug.sanitizer else []))
     emulated = build_driver(folder, *flags, csrc=csrc)
     heads, queries, keys = bug.shape
