@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads) window_attn_sum_chunks(const __grid_
 }
 
 template <class Traits, bool kSinks>
-__global__ void __launch_bounds__(Traits::kThreads) window_attn_bwd_key(const __grid_constant__ BackwardParams b) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kD == 32 ? 4 : 1)  // 128 registers hold 32 channels
+    window_attn_bwd_key(const __grid_constant__ BackwardParams b) {
   constexpr int kD = Traits::kD, kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   SIMT_SHARED(shared);
   unsigned char* stages = shared + 2 * Traits::kRowTileBytes;
