@@ -134,15 +134,14 @@ def faults(measured: dict[str, Kernels], budgets: dict[str, Kernels]) -> list[st
         found += [f"{arch} {name}: not in {BUDGETS.name}, or gone" for name in kernels.keys() ^ budgets[arch].keys()]
         for name, kernel in kernels.items():
             tiled = TENSOR_CORES.match(name)
-            head_dim = int(name.split()[2]) if tiled else 0
-            if kernel["spills"] > (0 if head_dim <= 128 else 64):
+            head_dim = int(name.split()[2]) if tiled or WARPGROUPS.match(name) else 0
+            if kernel["spills"] > (0 if head_dim <= 128 else 64 if tiled else 32 if head_dim > 192 else 0):
                 found.append(f"{arch} {name}: {kernel['spills']} bytes of spills")
             found += [f"{arch} {name}: no {op}" for op in ("HMMA", "LDSM", "LDGSTS") if tiled and not kernel[op]]
             if WIDE_STORES_ONLY.match(name) and kernel["narrow_stores"]:
                 found.append(f"{arch} {name}: {kernel['narrow_stores']} stores of less than 16 bytes")
             if WARPGROUPS.match(name):
                 found += [f"{arch} {name}: no {op}" for op in ("HGMMA", "UTMALDG", "UTMASTG") if not kernel[op]]
-                found += [f"{arch} {name}: {op} {kernel[op]}" for op in ("spills", "STL", "LDL") if kernel[op]]
             for key, value in budgets[arch].get(name, {}).items():
                 if kernel[key] < value if key in LOWER_IS_WORSE else kernel[key] > value:
                     found.append(f"{arch} {name}: {key} {kernel[key]}, budget {value}")

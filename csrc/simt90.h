@@ -195,13 +195,20 @@ SIMT_WGMMA_RS(256, 128, SIMT_R0 "," SIMT_R1 "," SIMT_R2 "," SIMT_R3 "," SIMT_R4,
 
 namespace simt {
 
-// The shared-memory operand of a product: 16-byte units of address, of the step between panels (`across`, where n is
-// contiguous and wider than one) and of that between 8 rows (`down`); then the swizzle.
+// The shared-memory operand of a product. Its upper half is the layout alone; the lower holds, in units of 16 bytes,
+// the address, to which steps may be added, and the step between panels (`across`, where n is contiguous and wider than
+// one).
 template <int kRowBytes>
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t across) {
+struct Operand {
   static_assert(kRowBytes == 128 || kRowBytes == 64);
-  constexpr uint64_t kDown = 8 * kRowBytes / 16, kSwizzle = kRowBytes == 128 ? 1 : 2;
-  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(across >> 4) << 16 | kDown << 32 | kSwizzle << 62;
-}
+  uint32_t low;
+
+  __device__ __forceinline__ explicit Operand(uint32_t address, uint32_t across = 16)
+      : low((address & 0x3ffff) >> 4 | across >> 4 << 16) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint64_t kEightRows = 8 * kRowBytes / 16, kSwizzle = kRowBytes == 128 ? 1 : 2;
+    return (kEightRows | kSwizzle << 30) << 32 | (low + bytes / 16);
+  }
+};
 
 }  // namespace simt

@@ -12,19 +12,20 @@ from emulator.checks import qkv
 from emulator.hopper_checks import build_hopper, check_forward
 from emulator.planted import THREAD, Bug
 
-KERNEL = "window_attn_fwd_sm90.cuh"
+KERNEL, PLAN = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh"
 # One bug for each kind of check.
 BUGS = {
     "K multiplied before it is there": Bug(
         KERNEL, "wait_for(Shared::kKeyFull, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
     ),
     "the wrong parity": Bug(
-        KERNEL, "(Shared::kValueFree + ring.stage), ring.parity ^ 1)",
+        PLAN, "(Shared::kValueFree + ring.stage), ring.parity ^ 1)",
         "(Shared::kValueFree + ring.stage), ring.parity)", "deadlock",
     ),
     "V passed on before it is multiplied": Bug(
-        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied) release(Shared::kValueFree, at);",
-        "if (multiplied) release(Shared::kValueFree, at);\n    simt::wgmma_wait<0>(rows.out);", "data race", THREAD,
+        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied) release(Shared::kValueFree, ring.back(2));",
+        "if (multiplied) release(Shared::kValueFree, ring.back(2));\n    simt::wgmma_wait<0>(rows.out);", "data race",
+        THREAD,
     ),
 }  # fmt: skip
 MORE_BUGS = {
@@ -32,18 +33,19 @@ MORE_BUGS = {
         KERNEL, "wait_for(Shared::kValueFull, at);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
     ),
     "Q multiplied before it is there": Bug(
-        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kQueryFull + slot), slots.parity);", "", "NaN"
+        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kQueryFull + slot(wave)),\n                          "
+        "place_in_ring<Traits::kQueryStages>(wave).parity);", "", "NaN",
     ),
     "K copied over while it is read": Bug(
-        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kKeyFree + ring.stage), ring.parity ^ 1);", "",
+        PLAN, "simt::mbarrier_wait(shared.barrier(Shared::kKeyFree + ring.stage), ring.parity ^ 1);", "",
         "NaN|exceeds|arrivals|deadlock",
     ),
     "the steps of K too short": Bug(KERNEL, "c % kSteps * 32", "c % kSteps * 16", "exceeds"),
     "the steps of V too short": Bug(
-        KERNEL, "n * 16 * Traits::kRowBytes / 16", "n * 8 * Traits::kRowBytes / 16", "exceeds"
+        KERNEL, "n * 16 * Traits::kRowBytes", "n * 8 * Traits::kRowBytes", "exceeds"
     ),
     "too few bytes expected": Bug(
-        KERNEL, "mbarrier_arrive_expect(barrier, Traits::kTileBytes)",
+        PLAN, "mbarrier_arrive_expect(barrier, Traits::kTileBytes)",
         "mbarrier_arrive_expect(barrier, Traits::kTileBytes / 2)", "NaN|exceeds|arrivals|deadlock",
     ),
     "weights replaced while they are multiplied": Bug(
@@ -61,7 +63,7 @@ MORE_BUGS = {
         "wait_for(Shared::kKeyFull, ring);", "deadlock",
     ),
     "too few warps pass a stage on": Bug(
-        KERNEL, "init(kValueFull, kStages, 1, 4 * kConsumers);", "init(kValueFull, kStages, 1, 4 * kConsumers - 4);",
+        PLAN, "init(kValueFull, kStages, 1, 4 * kConsumers);", "init(kValueFull, kStages, 1, 4 * kConsumers - 4);",
         "data race|arrivals|deadlock", THREAD,
     ),
     "the output stored before all have staged it": Bug(
@@ -80,7 +82,7 @@ MORE_BUGS = {
         "data race|NaN|exceeds", THREAD,
     ),
     "a plan changed while it is followed": Bug(
-        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);", "",
+        PLAN, "simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);", "",
         "data race", THREAD,
     ),
     "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
