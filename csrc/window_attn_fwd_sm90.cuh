@@ -305,10 +305,12 @@ struct HopperConsumer {
                           place_in_ring<Traits::kQueryStages>(wave).parity);
       walk(plan);
       if constexpr (Traits::kQueryStages > 1) release_output(wave - 1);
-      if (real)
+      if (real) {
         write(plan);
-      else if (is_first_thread())
-        simt::mbarrier_arrive(shared.barrier(Shared::kQueryFree + slot(wave)));
+      } else {
+        simt::sync_warpgroup(1 + group);  // all have seen Q come: else a slot filled twice would be waited for in vain
+        if (is_first_thread()) simt::mbarrier_arrive(shared.barrier(Shared::kQueryFree + slot(wave)));
+      }
       __syncwarp();
       if (lane == 0) simt::mbarrier_arrive(shared.barrier(Shared::kPlanFree + place_in_ring<2>(wave).stage));
       if constexpr (Traits::kQueryStages == 1) release_output(wave);

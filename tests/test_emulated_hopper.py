@@ -82,6 +82,13 @@ def test_slots_of_a_cache_that_were_never_written_do_not_matter(emulated, head_d
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_warpgroups_without_rows_keep_in_step(emulated, head_dim):
+    """Tiles of which one warpgroup has rows, several a block, with one slot of Q and with two."""
+    for seed in range(6):
+        check_forward(emulated, *qkv(2, 4, 4, 1, 65, head_dim), Call(window=(-1, 0)), seed=seed)
+
+
 def test_warpgroups_leave_out_tiles_that_none_of_their_rows_sees(emulated):
     """Products equal the closed form: blocks of 192 rows, warpgroups of 64, key tiles of 64 from the block's first."""
     sq, left, head_dim = 500, 127, 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from emulator.build import ROOT
 from emulator.checks import qkv
 from emulator.hopper_checks import build_hopper, check_forward
 from emulator.planted import THREAD, Bug
+
+
+@dataclass(frozen=True)
+class HopperBug(Bug):
+    head_dim: int = 64  # 192: one slot of Q rather than two
+
 
 KERNEL, PLAN = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh"
 # One bug for each kind of check.
@@ -86,6 +93,10 @@ MORE_BUGS = {
         "data race", THREAD,
     ),
     "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
+    "a warpgroup without rows that is not waited for": HopperBug(
+        KERNEL, "simt::sync_warpgroup(1 + group);  // all have seen Q come", "// all have seen Q come", "deadlock",
+        head_dim=192,
+    ),
 }  # fmt: skip
 
 
@@ -97,8 +108,10 @@ def check_is_noticed(bug: Bug, folder: Path) -> None:
     assert source.count(bug.before) == 1, f"{bug.file} holds {source.count(bug.before)} places to plant in"
     (csrc / bug.file).write_text(source.replace(bug.before, bug.after))
     flags = ("-O1", "-g", "-w", *([bug.sanitizer] if bug.sanitizer else []))
-    emulated = build_hopper(folder, *flags, head_dim=64, csrc=csrc)
+    head_dim = bug.head_dim if isinstance(bug, HopperBug) else 64
+    emulated = build_hopper(folder, *flags, head_dim=head_dim, csrc=csrc)
     with pytest.raises(AssertionError, match=bug.noticed):
         for seed in range(8):
-            check_forward(emulated, *qkv(1, 2, 2, 420, 420, 64), Call(window=(130, 3), sinks=2), seed=seed)
+            check_forward(emulated, *qkv(1, 2, 2, 420, 420, head_dim), Call(window=(130, 3), sinks=2), seed=seed)
+            check_forward(emulated, *qkv(3, 4, 4, 1, 65, head_dim), Call(window=(-1, 0)), seed=seed)
             assert not emulated.output, emulated.output
