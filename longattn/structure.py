@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # The rope type and wavelengths of a layer that does not rotate.
 NO_ROPE = ("none", (math.inf, math.inf))
 
-__all__ = ["Costs", "LayerStructure", "Structure", "inspect_checkpoint", "structure_of"]
+__all__ = ["Costs", "LayerStructure", "Structure", "decoder_of", "inspect_checkpoint", "models_of", "structure_of"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,14 @@ def inspect_checkpoint(
         >>> after.costs.prefill_flops < before.costs.prefill_flops
         True
     """
+    models = models_of(src, plan)
+    length = max(model.config.max_position_embeddings for model in models) if context is None else context
+    structures = [structure_of(model.config, length) for model in models]
+    return structures[0], structures[1] if len(structures) == 2 else None
+
+
+def models_of(src: str | os.PathLike[str], plan: Plan | None = None) -> list[Any]:
+    """The model before and, where there is one, after, on the meta device; arguments as for `inspect_checkpoint`."""
     from longattn.surgery import extend, restore
 
     model = _model_of(load_config(src, "inspect"))
@@ -132,10 +140,7 @@ def inspect_checkpoint(
     elif getattr(model.config, "longattn", None):
         model = _model_of(model.config)
         restore(model)
-    configs = [model.config] + ([] if changed is model else [changed.config])
-    length = max(config.max_position_embeddings for config in configs) if context is None else context
-    structures = [structure_of(config, length) for config in configs]
-    return structures[0], structures[1] if len(structures) == 2 else None
+    return [model] + ([] if changed is model else [changed])
 
 
 def _model_of(config: PreTrainedConfig) -> Any:
@@ -157,21 +162,16 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         TypeError: `context` is no int.
         ValueError: the family is not served, or `context` is below 1.
     """
-    from longattn.hf.families import family_of, kv_heads_of
+    from longattn.hf.families import family_of
     from longattn.hf.record import layer_patterns
-    from longattn.hf.rope import head_dim_of
 
     if isinstance(context, bool) or not isinstance(context, int):
         raise TypeError(f"inspect: context must be an int, a number of tokens, got {context!r}")
     if context < 1:
         raise ValueError(f"inspect: context must be at least 1 token, got {context}")
     family = family_of(config)
-    own = family.patterns_of(config)
-    serving = layer_patterns(config, "attention") or own
-    training = layer_patterns(config, "train_attention") or own
-    head_dim = head_dim_of(config)
-    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
-    shapes = tuple(AttentionLayer(pattern, heads, kv_heads, head_dim) for pattern in serving)
+    decoder, training = decoder_of(config), decoder_of(config, training=True)
+    head_dim = decoder.layers[0].head_dim
     ropes = [
         _layer_rope(config, layer, head_dim, context) if rotates else NO_ROPE
         for layer, rotates in enumerate(family.rotating_layers(config))
@@ -179,7 +179,7 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
     layers = [
         LayerStructure(
             attention=str(shape.pattern),
-            train_attention=str(train),
+            train_attention=str(train.pattern),
             rope_type=rope_type,
             wavelengths=wavelengths,
             heads=shape.heads,
@@ -187,20 +187,30 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
             head_dim=head_dim,
             cached_tokens=shape.pattern.cached_tokens(context),
         )
-        for shape, train, (rope_type, wavelengths) in zip(shapes, training, ropes, strict=True)
+        for shape, train, (rope_type, wavelengths) in zip(decoder.layers, training.layers, ropes, strict=True)
     ]
-    dtype_bytes = getattr(config.dtype, "itemsize", 4)
-    decoder = Decoder(
-        shapes,
-        config.hidden_size,
-        _mlp_channels(config),
-        config.vocab_size,
-        dtype_bytes,
-        mlp_tensors=GATED_MLP_TENSORS if family.gated_mlp else PLAIN_MLP_TENSORS,
-    )
     stock = layer_patterns(config) is None
     return Structure(
         config.model_type, config.max_position_embeddings, context, layers, _costs(decoder, context, stock)
+    )
+
+
+def decoder_of(config: PreTrainedConfig, *, training: bool = False) -> Decoder:
+    """The sizes of a config's model, with the patterns that it serves by, or trains by."""
+    from longattn.hf.families import family_of, kv_heads_of
+    from longattn.hf.record import layer_patterns
+    from longattn.hf.rope import head_dim_of
+
+    family = family_of(config)
+    patterns = layer_patterns(config, "train_attention" if training else "attention") or family.patterns_of(config)
+    shape = config.num_attention_heads, kv_heads_of(config), head_dim_of(config)
+    return Decoder(
+        tuple(AttentionLayer(pattern, *shape) for pattern in patterns),
+        config.hidden_size,
+        _mlp_channels(config),
+        config.vocab_size,
+        getattr(config.dtype, "itemsize", 4),
+        mlp_tensors=GATED_MLP_TENSORS if family.gated_mlp else PLAIN_MLP_TENSORS,
     )
 
 

@@ -1,8 +1,8 @@
-"""Numbers as people read them: bytes and floating point operations, in the largest unit that fits."""
+"""Numbers as people read them: bytes, operations and seconds, in the largest unit that fits."""
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_flops"]
+__all__ = ["format_bytes", "format_flops", "format_seconds"]
 
 
 def format_bytes(number: float) -> str:
@@ -31,3 +31,13 @@ def format_flops(number: float) -> str:
             return f"{number:.4g} {unit}"
         number /= 1000
     return f"{number:,.4g} PFLOP"
+
+
+def format_seconds(number: float) -> str:
+    """Write a time.
+
+    Example:
+        >>> format_seconds(0.00037)
+        '0.37 ms'
+    """
+    return f"{number * 1e3:.3g} ms" if number < 1 else f"{number:,.3g} s"

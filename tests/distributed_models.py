@@ -238,3 +238,21 @@ def compiled_without_positions(group: dist.ProcessGroup) -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def traffic_of(group: dist.ProcessGroup, attention: str, length: int, full: str) -> dict[str, int]:
+    """Bytes that this rank sends in a forward, and in a training step without and with checkpointing."""
+    model = changed("llama", Plan(attention=attention))
+    distributed.parallelize(model, group, full=full)
+    shard = distributed.shard_batch(whole_batch(1, length), group)
+    found = {}
+    with distributed.count_traffic() as traffic, torch.no_grad():
+        model(**shard, use_cache=False)
+    found["forward"] = traffic.sent_bytes
+    for name in ("training", "checkpointed"):
+        if name == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with distributed.count_traffic() as traffic:
+            model(**shard, use_cache=False).loss.backward()
+        found[name] = traffic.sent_bytes
+    return found

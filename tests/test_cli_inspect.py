@@ -115,7 +115,27 @@ def test_tables_join_equal_layers(folders):
     assert "16 MiB" in result.stdout  # the stock mask, 4096 x 4096 bytes
 
 
+def test_ranks_share_a_text(folders):
+    flags = ["--context", 4096, "--attention", "window:17, full", "--train-attention", "window:33"]
+    output = run_json(folders["llama"], *flags, "--ranks", 4, "--link", "8Gb/s", "--flops", "1T")["ranks"]
+    key_and_value = 2 * 2 * 8 * 2  # of 2 heads of 8 channels in bfloat16
+    assert (output["link"], output["flops"], output["full"]) == (1e9, 1e12, "gather")
+    after = output["after"]
+    assert after["tokens"] == 1024 and output["before"]["remote_bytes"] == 4 * 3 * 1024 * key_and_value
+    assert after["forward"]["sent_bytes"] == (2 * 16 + 2 * 3 * 1024) * key_and_value  # the first rank's, to all
+    assert after["training"]["sent_bytes"] == 4 * 2 * 32 * key_and_value  # an inner rank's, forth and back
+    assert after["checkpointed"]["sent_bytes_of_all"] == 4 * 3 * 3 * 32 * key_and_value
+    assert after["training"]["communication_s"] == pytest.approx(4 * 2 * 32 * key_and_value / 1e9)
+    result = runner.invoke(app, [str(folders["llama"]), *map(str, flags), "--ranks", "4"])
+    assert "over 4 ranks, 1,024 each" in result.stdout and "training step: sent" in result.stdout
+
+
 REFUSED = [
+    (["SRC", "--ranks", "0"], "ranks must be 1 to 4096, got 0"),
+    (["SRC", "--ranks", "2", "--link", "fast"], "bytes or bits a second such as 45GB/s or 400Gb/s, got 'fast'"),
+    (["SRC", "--ranks", "2", "--flops", "0T"], "operations a second such as 400T, got '0T'"),
+    (["SRC", "--ranks", "2", "--full", "ring"], "full must be gather or ulysses, got 'ring'"),
+    (["SRC", "--ranks", "4", "--full", "ulysses"], "needs heads that 4 ranks can share, got 4 and 2 kv"),
     (["SRC", "--context", "0"], "context must be at least 1 token, got 0"),
     (["SRC", "--rope-type", "yarn"], "needs a factor, or context"),
     (["SRC", "--attention", "windw:4"], "got 'windw:4'"),

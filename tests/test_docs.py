@@ -80,6 +80,15 @@ def test_json_of_inspect_is_documented_key_by_key():
         assert keys_of(structure) - top == documented_keys("inspect --json") - top
 
 
+def test_json_of_inspect_over_ranks_is_documented_key_by_key():
+    printed = json_of("inspect", str(MODEL_FOLDER), "--attention", "window:8", "--ranks", "2", "--json")["ranks"]
+    documented = documented_keys("inspect --ranks --json")
+    assert {key for key in documented if "[]" not in key} >= {"link", "flops", "full"}
+    for name in ("before", "after"):
+        steps = {"forward", "training", "checkpointed"}
+        assert keys_of(printed[name]) - steps == documented - {"link", "flops", "full"}
+
+
 def test_json_of_doctor_is_documented_key_by_key():
     printed = keys_of(json_of("doctor", "--json"))
     documented = documented_keys("doctor --json")

@@ -22,7 +22,7 @@ from longattn.cli.plan_flags import (
     errors_in_one_line,
     plan_of_flags,
 )
-from longattn.structure import LayerStructure, Structure, inspect_checkpoint
+from longattn.structure import LayerStructure, Structure, inspect_checkpoint, models_of
 from longattn.units import format_bytes, format_flops
 
 __all__ = ["inspect"]
@@ -45,11 +45,24 @@ def inspect(
     rope: RopeEntry = None,
     attention: Attention = None,
     train_attention: TrainAttention = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Also what the text costs each of so many ranks that share it: --ranks 64")
+    ] = None,
+    link: Annotated[
+        str, typer.Option(help="What a rank sends in a second, in bytes or in bits (b): --link 400Gb/s")
+    ] = "45GB/s",
+    flops: Annotated[str, typer.Option(help="Operations in a second that a rank sustains: --flops 400T")] = "400T",
+    full: Annotated[
+        str,
+        typer.Option(help="How full layers get all keys over ranks, gather or ulysses: --full ulysses"),
+    ] = "gather",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: longattn inspect SRC --json")] = False,
 ) -> None:
     """Show a checkpoint's structure and what it costs at a length, before and after a plan.
 
     For example: longattn inspect ./model --context 32768 --attention '3 x window:4096, 1 x full'
+
+    Over ranks: longattn inspect ./model --context 1048576 --attention window:4096 --ranks 8 --link 45GB/s
     """
     with errors_in_one_line("inspect"):
         needs_length = (rope_type is not None or bool(rope)) and factor is None
@@ -63,8 +76,15 @@ def inspect(
             train_attention=train_attention,
         )
         before, after = inspect_checkpoint(src, context=context, plan=wanted)
+        over = None
+        if ranks is not None:
+            from longattn.cli.inspect_ranks import forecasts
+
+            over = forecasts(models_of(src, wanted), before.context, ranks, link=link, flops=flops, full=full)
         if as_json:
             output = {"before": before.to_dict(), "after": None if after is None else after.to_dict()}
+            if over is not None:
+                output["ranks"] = over.to_dict()
             typer.echo(json.dumps(output, indent=2))
             return
         console = Console()
@@ -74,6 +94,8 @@ def inspect(
         if after is not None:
             console.print(_layers(after, "layers after"))
         console.print(_costs(before, after))
+        if over is not None:
+            console.print(over.table())
 
 
 def _layers(structure: Structure, title: str) -> Table:
