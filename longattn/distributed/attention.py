@@ -20,18 +20,24 @@ from longattn.ops.checks import is_int
 
 __all__ = ["Group", "group_attention", "process_group", "window_attention"]
 
-Group = dist.ProcessGroup | DeviceMesh
+Group = dist.ProcessGroup | DeviceMesh | str
 
 
 def process_group(op: str, group: Group) -> dist.ProcessGroup:
-    """The process group of a one-dimensional mesh, or the group itself."""
+    """The process group of a one-dimensional mesh or of a name, or the group itself."""
+    return dist.distributed_c10d._resolve_process_group(_name(op, group))  # type: ignore[arg-type]
+
+
+def _name(op: str, group: Group) -> str:
+    if isinstance(group, str):
+        return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a one-dimensional mesh, such as mesh['cp'], got {group.ndim} dims")
-        return group.get_group()
+        return group.get_group().group_name
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
-    return group
+        raise TypeError(f"{op}: group must be a ProcessGroup, its name or a DeviceMesh, got {type(group).__name__}")
+    return group.group_name
 
 
 @overload
@@ -79,7 +85,8 @@ def window_attention(
         query: (B, Hq, S, D), this rank's shard, rotated at its global positions.
         key, value: (B, Hkv, S, D), this rank's shards.
         window_size: as for the plain function, in tokens of the whole sequence.
-        group: ProcessGroup, or a DeviceMesh of one dim such as mesh["cp"]; its ranks hold the shards in their order.
+        group: ProcessGroup, its name, or a DeviceMesh of one dim such as mesh["cp"]; its ranks hold the shards in their
+            order.
         offsets: (ranks + 1,) ints: where each shard begins, and the whole length; shards may be empty. By default all
             have S tokens.
         scale, softcap, sink_tokens, return_lse: as for the plain function; sinks are the sequence's first tokens.
@@ -105,7 +112,7 @@ def window_attention(
         >>> out = window_attention(query, key, value, 4096, group=mesh["cp"])  # doctest: +SKIP
     """
     op = "window_attention"
-    pg = process_group(op, group)
+    name = _name(op, group)
     rest = (scale, softcap, sink_tokens, sink_logits)
 
     def prepare() -> tuple[Any, ...]:
@@ -113,9 +120,9 @@ def window_attention(
         _check_shards(op, offsets, cu_seqlens=cu_seqlens, kv_start=kv_start, position_ids=position_ids)
         return plain_window._prepare(query, key, value, window_size, *rest)
 
-    args = _or_refuse(pg, op, query, prepare)
+    args = _or_refuse(name, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_window_attention.default(
-        *args[:5], *_shards(offsets, pg), *args[5:9], cu_seqlens, kv_start, position_ids
+        *args[:5], [] if offsets is None else list(offsets), name, *args[5:9], cu_seqlens, kv_start, position_ids
     )
     return (out, lse) if return_lse else out
 
@@ -178,7 +185,7 @@ def group_attention(
         >>> out = group_attention(query, key, value, 8192, shift=4096, group=mesh["cp"])  # doctest: +SKIP
     """
     op = "group_attention"
-    pg = process_group(op, group)
+    name = _name(op, group)
     rest = (scale, softcap, sink_tokens, sink_logits)
 
     def prepare() -> tuple[Any, ...]:
@@ -191,15 +198,11 @@ def group_attention(
         args = plain_group._prepare(query, key, value, group_size, 0, causal, *rest)
         return *args[:4], list(shift), *args[5:]
 
-    args = _or_refuse(pg, op, query, prepare)
+    args = _or_refuse(name, op, query, prepare)
     out, lse, _ = torch.ops.longattn.sharded_group_attention.default(
-        *args[:6], *_shards(offsets, pg), *args[6:10], cu_seqlens, kv_start, position_ids
+        *args[:6], [] if offsets is None else list(offsets), name, *args[6:10], cu_seqlens, kv_start, position_ids
     )
     return (out, lse) if return_lse else out
-
-
-def _shards(offsets: Sequence[int] | None, group: dist.ProcessGroup) -> tuple[list[int], str]:
-    return [] if offsets is None else list(offsets), group.group_name
 
 
 def _check_local(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -216,9 +219,7 @@ def _check_shards(op: str, offsets: object, **index: object) -> None:
             raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
 
 
-def _or_refuse(
-    group: dist.ProcessGroup, op: str, query: Tensor, prepare: Callable[[], tuple[Any, ...]]
-) -> tuple[Any, ...]:
+def _or_refuse(name: str, op: str, query: Tensor, prepare: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """What `prepare` returns; other ranks hear of what it raises."""
     if torch.compiler.is_compiling():
         return prepare()
@@ -226,7 +227,7 @@ def _or_refuse(
         return prepare()
     except (TypeError, ValueError) as error:
         device = query.device.type if isinstance(query, Tensor) else "cpu"
-        refuse(group, device, op, error)
+        refuse(process_group(op, name), device, op, error)
 
 
 def _window_of_heads(band: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:

@@ -28,14 +28,14 @@ ATTRIBUTE = "longattn_shards"
 class Shards:
     """The group that holds an attention module's sequence in equal shards, and how layers that see all keys get them.
 
-    It lives on the module, since checkpointing runs a forward again during backward, outside of any context.
+    It lives on the module, since checkpointing runs a forward again during backward, outside of any context; the group
+    by its name, so that a model keeps no group alive that was destroyed, and can be copied.
     """
 
-    group: dist.ProcessGroup
+    group: str
+    rank: int
+    ranks: int
     full: Full = "gather"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
-        return self  # a group is one and the same for a model and its copy
 
     def attend(
         self,
@@ -64,7 +64,7 @@ class Shards:
         rows: dict[str, Any] = dict(position_ids=position_ids, cu_seqlens=cu_seqlens)
         if pattern.kind == "full" and self.full == "ulysses":
             attend = _attend_to_all(cu_seqlens, logits)
-            return ulysses(attend, query, key, value, sink_logits, self.group, **rows)
+            return ulysses(attend, query, key, value, sink_logits, self.group, self.rank, self.ranks, **rows)
         if pattern.sinks and cu_seqlens is not None:
             rows["cu_seqlens"] = cu_seqlens.cpu()  # whose sinks lie on other ranks is planned by the host
         shared = dict(sink_tokens=pattern.sinks, sink_logits=sink_logits, group=self.group, **rows, **logits)
@@ -88,7 +88,7 @@ class Shards:
         error = ValueError(f"longattn: {wrong}")
         if torch.compiler.is_compiling():
             raise error
-        refuse(self.group, query.device.type, "longattn", error)
+        refuse(process_group("longattn", self.group), query.device.type, "longattn", error)
 
 
 def _attend_to_all(cu_seqlens: Tensor | None, logits: dict[str, Any]) -> Callable[..., Tensor]:
@@ -176,4 +176,5 @@ def _set(module: nn.Module, group: dist.ProcessGroup, full: Full) -> None:
             "ContextParallel: module must be an attention module of a model that longattn.extend gave patterns, or "
             f"loaded with attn_implementation='longattn', got {type(module).__name__} with {implementation!r}"
         )
-    setattr(module, ATTRIBUTE, Shards(group, full))
+    shards = Shards(group.group_name, dist.get_rank(group), dist.get_world_size(group), full)
+    setattr(module, ATTRIBUTE, shards)

@@ -31,7 +31,9 @@ def ulysses(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor | None,
-    group: dist.ProcessGroup,
+    name: str,
+    rank: int,
+    ranks: int,
     *,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -46,7 +48,8 @@ def ulysses(
         query: (B, Hq, S, D), this rank's shard; shards are equal.
         key, value: (B, Hkv, S, D).
         sink_logits: (Hq,), or None.
-        group: P ranks.
+        name: of the group.
+        rank, ranks: this one in the group, and P.
         position_ids: (1 or B, S), compared with the shard's.
         cu_seqlens: the documents' borders, which all ranks must be given alike.
 
@@ -59,7 +62,6 @@ def ulysses(
     Reference:
         Jacobs et al., DeepSpeed Ulysses, 2023, arXiv:2309.14509.
     """
-    ranks, rank, name = dist.get_world_size(group), dist.get_rank(group), group.group_name
     for what, x in (("query", query), ("key", key)):
         if x.shape[1] % ranks:
             raise ValueError(

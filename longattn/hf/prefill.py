@@ -104,7 +104,7 @@ class _Needed(DynamicLayer):
 
 def _check(model: nn.Module, input_ids: Tensor, group: dist.ProcessGroup, to: int, ranks: int) -> list[Pattern]:
     modules = attention_modules(model)
-    if not modules or any(getattr(shards_of(module), "group", None) is not group for module in modules):
+    if not modules or any(getattr(shards_of(module), "group", None) != group.group_name for module in modules):
         raise ValueError(f"{OP}: model must have been given to parallelize with this group, got {type(model).__name__}")
     if model.training:
         raise ValueError(f"{OP}: model must be in eval mode, got training mode")

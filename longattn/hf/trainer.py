@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +53,7 @@ class ContextParallelTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.accelerator._prepare_cp = lambda *prepared: prepared
         self._sequence: DeviceMesh = self.accelerator.torch_device_mesh["cp"]
-        parallelize(self.model, self._sequence, full=self._full)
+        parallelize(cast(nn.Module, self.model), self._sequence, full=self._full)
 
     def _prepare_context_parallel_inputs(
         self, model: nn.Module, inputs: dict[str, Any]
