@@ -1,7 +1,7 @@
 """The code blocks of Markdown files, and how they run; changes with what a block may be.
 
-Python and bash run as they stand, YAML goes into the file that its first line names, and a text block is what the block
-before it prints.
+Python and bash run as they stand, YAML and Python whose first line names a file go into that file ("continued": behind
+what is in it), and a text block is what the block before it prints.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _run_here(page: Path) -> None:
     printed = None
     for block in blocks(page):
         place = f"{page.name}, line {block.line}"
-        if block.language == "python":
+        script = re.match(r"# (\S+\.py)(, continued)?\n", block.code)
+        if block.language == "python" and script:
+            with Path(script[1]).open("a" if script[2] else "w", encoding="utf-8") as file:
+                file.write(block.code)
+        elif block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 # blank lines in front, so that a traceback shows the page's own lines
                 exec(compile("\n" * block.line + block.code, str(page), "exec"), vars(module))
