@@ -228,7 +228,7 @@ def plot(points: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> N
     figure = Figure(figsize=(13, 4 * len(RANKS)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = [
-        ("bytes over the loopback, all ranks", "forward and backward", "loopback_bytes"),
+        ("bytes over the loopback, all ranks", "messages", "loopback_bytes"),
         ("seconds, messages alone", "messages", "seconds"),
         ("seconds, forward and backward", "forward and backward", "seconds"),
     ]

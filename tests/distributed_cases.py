@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from reference import FLOOR, dense, finite, half_shifts, visible_mask
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.experimental import local_map
@@ -126,6 +127,21 @@ def op_check(group: dist.ProcessGroup, case: Case) -> dict[str, str]:
     else:
         op, band = torch.ops.longattn.sharded_window_attention, (case["window"], 0)
     return torch.library.opcheck(op.default, (q, k, v, *band, *rest))
+
+
+def fake_devices(group: dist.ProcessGroup, case: Case) -> list[str]:
+    """Devices of outputs and gradients where the shards are on a GPU, as a compiler sees them: no GPU is needed."""
+    with FakeTensorMode():
+        shards = [torch.empty(1, heads, 15, 8, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+        positions = torch.arange(15, device="cuda")[None]
+        shared = dict(group=group, sink_tokens=case.get("sinks", 0), position_ids=positions, return_lse=True)
+        if "group" in case:
+            out, lse = distributed.group_attention(*shards, case["group"], shift=case["shift"], **shared)
+        else:
+            out, lse = distributed.window_attention(*shards, case["window"], **shared)
+        grads = torch.autograd.grad(out.sum() + lse.sum(), shards)
+        traded = torch.ops.longattn.sharded_trade.default(shards[0][None], positions, None, group.group_name)
+        return [str(x.device) for x in (out, lse, *grads, traded)]
 
 
 def trade_check(group: dist.ProcessGroup) -> dict[str, str]:

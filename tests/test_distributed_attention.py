@@ -61,6 +61,12 @@ def test_sharded_ops_are_sound(gloo, name):
         assert set(found.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("name", ["sinks", "groups that straddle ranks"])
+def test_shards_on_a_gpu_stay_there(gloo, name):
+    for devices in gloo.run(2, cases.fake_devices, CASES[name]):
+        assert set(devices) == {"cuda:0"}
+
+
 def test_trades_of_full_layers_are_sound(gloo):
     for found in gloo.run(2, cases.trade_check):
         assert set(found.values()) == {"SUCCESS"}
