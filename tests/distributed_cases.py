@@ -131,17 +131,18 @@ def op_check(group: dist.ProcessGroup, case: Case) -> dict[str, str]:
 
 def fake_devices(group: dist.ProcessGroup, case: Case) -> list[str]:
     """Devices of outputs and gradients where the shards are on a GPU, as a compiler sees them: no GPU is needed."""
-    with FakeTensorMode():
-        shards = [torch.empty(1, heads, 15, 8, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
-        positions = torch.arange(15, device="cuda")[None]
-        shared = dict(group=group, sink_tokens=case.get("sinks", 0), position_ids=positions, return_lse=True)
-        if "group" in case:
-            out, lse = distributed.group_attention(*shards, case["group"], shift=case["shift"], **shared)
-        else:
-            out, lse = distributed.window_attention(*shards, case["window"], **shared)
-        grads = torch.autograd.grad(out.sum() + lse.sum(), shards)
-        traded = torch.ops.longattn.sharded_trade.default(shards[0][None], positions, None, group.group_name)
-        return [str(x.device) for x in (out, lse, *grads, traded)]
+    band = ("group", (16, [0, 0, 8, 8], True)) if "group" in case else ("window", (case["window"], 0))
+    forward = getattr(torch.ops.longattn, f"sharded_{band[0]}_attention").default
+    backward = getattr(torch.ops.longattn, f"sharded_{band[0]}_attention_bwd").default
+    with FakeTensorMode(), torch.no_grad():
+        shards = [torch.empty(1, heads, 15, 8, device="cuda") for heads in (4, 2, 2)]
+        positions = torch.empty(1, 15, dtype=torch.long, device="cuda")
+        options = (*band[1], [], group.group_name, 0.3, 0.0, case.get("sinks", 0), None, None, None, positions)
+        out, lse, remote = forward(*shards, *options)
+        grads = backward(out, None, *shards, out, lse, remote, *options)
+        parts = torch.empty(2, 15, 1, 4, 8, device="cuda")
+        traded = torch.ops.longattn.sharded_trade.default(parts, positions, None, group.group_name)
+        return [str(x.device) for x in (out, lse, remote, *grads, traded)]
 
 
 def trade_check(group: dist.ProcessGroup) -> dict[str, str]:
