@@ -194,11 +194,13 @@ struct HopperConsumer {
     rows.exponentiate(logits.factor);
   }
 
-  // A key tile that none of these rows sees: passed on once it is there, so that no barrier is two rounds ahead.
+  // A key tile that none of these rows sees: passed on once it is there, so that no barrier is two rounds ahead of a
+  // lane that still looks at it.
   __device__ __forceinline__ void skip() {
     wait_for(Shared::kKeyFull, ring);
-    release(Shared::kKeyFree, ring);
     wait_for(Shared::kValueFull, ring);
+    __syncwarp();
+    release(Shared::kKeyFree, ring);
     release(Shared::kValueFree, ring);
     ring.advance();
   }

@@ -66,8 +66,7 @@ MORE_BUGS = {
         "wgmma.fence",
     ),
     "tiles left out but not passed on": Bug(
-        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    release(Shared::kKeyFree, ring);", 
-        "wait_for(Shared::kKeyFull, ring);", "deadlock",
+        KERNEL, "__syncwarp();\n    release(Shared::kKeyFree, ring);", "__syncwarp();", "deadlock",
     ),
     "too few warps pass a stage on": Bug(
         PLAN, "init(kValueFull, kStages, 1, 4 * kConsumers);", "init(kValueFull, kStages, 1, 4 * kConsumers - 4);",
