@@ -185,7 +185,7 @@ def test_checkpoint_without_card_gets_one(tmp_path):
 
 
 def test_hub_id_is_the_base_model(src, tmp_path, monkeypatch):
-    monkeypatch.setattr(longattn.checkpoint, "source_folder", lambda _: src)  # what the Hub would have given
+    monkeypatch.setattr(longattn.checkpoint, "source_folder", lambda *_: src)  # what the Hub would have given
     extend_checkpoint("us/ours", tmp_path / "dst", Plan(rope=ROPE))
     assert front_matter(card(tmp_path / "dst"))["base_model"] == "us/ours"
     assert "Made from [us/ours](https://huggingface.co/us/ours)" in card(tmp_path / "dst")
