@@ -133,9 +133,9 @@ struct Backward {
     const T* out = row_of<T>(p.out, at.batch, at.head, at.row);
     const int depth = static_cast<int>(round_up(at.rows, M::kStep));
     M::pack_transposed(query, p.query.token, at.rows, p.head_dim, m.query_t);
-    M::pack_rows(query, p.query.token, at.rows, depth, p.head_dim, m.query);
+    M::pack_rows(query, p.query.token, at.rows, depth, p.head_dim, M::panel_size(depth), m.query);
     M::pack_transposed(grad, g.grad_out.token, at.rows, p.head_dim, m.grad_t);
-    M::pack_rows(grad, g.grad_out.token, at.rows, depth, p.head_dim, m.grad);
+    M::pack_rows(grad, g.grad_out.token, at.rows, depth, p.head_dim, M::panel_size(depth), m.grad);
     fill(m.grad_query, int64_t{M::kTransposedQueryGrads ? kQueryRows : at.rows + kRows} * cols, 0.0f);
     const int64_t first = (int64_t{at.batch} * p.heads + at.head) * p.rows.num_queries + at.row;
     double sink_grad = 0.0;
@@ -206,7 +206,7 @@ struct Backward {
     if constexpr (M::kTransposedQueryGrads)
       M::template pack_columns<kLdKeys>(key, p.key.token, count, kKeys, p.head_dim, m.key);
     else
-      M::pack_rows(key, p.key.token, count, kKeys, p.head_dim, m.key);
+      M::pack_rows(key, p.key.token, count, kKeys, p.head_dim, M::panel_size(kKeys), m.key);
     const int stop = static_cast<int>(round_up(queries.end, M::kStep));
     const int depth = static_cast<int>(round_up(at.rows, M::kStep));
     for (int col = queries.begin / M::kStep * M::kStep; col < stop; col += kPiece) {

@@ -106,15 +106,18 @@ struct Decode {
       fetch(key + (j + kAhead) * p.key.token, p.key.token);
       dot_rows(key + j * p.key.token, smaller(kLanes, count - j), m.query, m.logits + j);
     }
-    const int padded = static_cast<int>(round_up(count, kLanes));
+    Range seen[kMostRows];
     for (int r = 0; r < rows; ++r) {
-      Range seen = m.visible[r].*which;
-      seen.end = smaller(seen.end, keys.end);
-      const float shrink = softmax_row<V>(m.logits + r * kPiece, m.logits + r * kPiece, padded, seen.begin - keys.begin,
-                                          seen.end - keys.begin, scale, state + r);
-      if (shrink == 1.0f) continue;
+      const Range& all = m.visible[r].*which;
+      seen[r] = {larger(0, all.begin - keys.begin), smaller(count, all.end - keys.begin)};
+    }
+    float shrink[kMostRows];
+    const int padded = static_cast<int>(round_up(count, kLanes));
+    SoftmaxRows<V, float>{m.logits, m.logits, kPiece, rows, padded, seen, scale}(state, shrink);
+    for (int r = 0; r < rows; ++r) {
+      if (shrink[r] == 1.0f) continue;
       for (int d = 0; d < cols; d += kLanes)
-        V::store(sum + r * cols + d, V::mul(V::set1(shrink), V::load(sum + r * cols + d)));
+        V::store(sum + r * cols + d, V::mul(V::set1(shrink[r]), V::load(sum + r * cols + d)));
     }
     const T* value = row_of<T>(p.value, batch, kv_head, keys.begin);
     int r = 0;

@@ -22,7 +22,7 @@ struct Fma {
   static constexpr int kPanel = 2 * kLanes;
   static constexpr int kStep = kLanes;         // columns, and depths that come from columns, are multiples of this
   static constexpr int kKeyBlock = 8 * kRows;  // keys of a block of the backward
-  static constexpr int kPiece = 512;           // columns of a piece of logits, forward and backward
+  static constexpr int kPiece = 576;           // most columns of a piece of logits
   static constexpr int kQueryPiece = 240;
   static constexpr int kGroup = 1;        // neighbours in depth that lie together
   static constexpr int kDepthStep = 1;    // depths are multiples of this
@@ -67,12 +67,13 @@ struct Fma {
     }
   }
 
-  // B[row, d] = x[row, d]: panels of channels, for products over the rows; rows up to `depth` are zero.
+  // B[row, d] = x[row, d]: panels of channels, `panel` elements each, for products over the rows; rows up to `depth`
+  // are zero.
   template <typename T>
-  static void pack_rows(const T* x, int64_t stride, int count, int depth, int dim, float* to) {
+  static void pack_rows(const T* x, int64_t stride, int count, int depth, int dim, int64_t panel, float* to) {
     for (int row = 0; row < depth; ++row)
       for (int64_t d = 0; d < panels(dim) * kPanel; d += kLanes) {
-        float* at = to + d / kPanel * panel_size(depth) + row * kPanel + d % kPanel;
+        float* at = to + d / kPanel * panel + row * kPanel + d % kPanel;
         V::store(at, row < count && d < dim ? load_part(x + row * stride + d, dim - d) : V::zero());
       }
   }

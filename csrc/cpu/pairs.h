@@ -91,15 +91,16 @@ struct Pairs {
     }
   }
 
-  // B[row, d] = x[row, d]: panels of channels, for products over the rows; rows up to `depth` are zero.
-  static void pack_rows(const BFloat16* x, int64_t stride, int count, int depth, int dim, BFloat16* to) {
+  // B[row, d] = x[row, d]: panels of channels, `panel` elements each, for products over the rows; rows up to `depth`
+  // are zero.
+  static void pack_rows(const BFloat16* x, int64_t stride, int count, int depth, int dim, int64_t panel, BFloat16* to) {
     for (int row = 0; row < depth; row += 2)
       for (int64_t d = 0; d < panels(dim) * kPanel; d += kLanes) {
         const BFloat16* at = x + row * stride + d;
         const int channels = static_cast<int>(dim - d);
         const __m512i even = row < count && channels > 0 ? wide(at, channels) : _mm512_setzero_si512();
         const __m512i odd = row + 1 < count && channels > 0 ? wide(at + stride, channels) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + d / kPanel * panel_size(depth) + row * kPanel + d % kPanel * 2,
+        _mm512_storeu_si512(to + d / kPanel * panel + row * kPanel + d % kPanel * 2,
                             _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
       }
   }
@@ -118,7 +119,7 @@ struct Pairs {
 struct Dot : Pairs<12, 16> {
   static constexpr int kDepthStep = 2;
   static constexpr int kKeyBlock = 8 * kRows;
-  static constexpr int kPiece = 512;
+  static constexpr int kPiece = 576;
   static constexpr int kQueryPiece = 240;
   static constexpr bool kTransposedQueryGrads = false;
 

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../band.h"
+
 namespace longattn::cpu {
 namespace {
 
@@ -51,57 +53,96 @@ struct RowState {
   float sum = 0.0f;  // of the weights
 };
 
-// Turns the products s[0, cols) of one row, of which it sees [begin, end), into weights, zero where it sees nothing;
-// `weights` may be s. Returns the factor by which what was summed before shrinks. `cols` is a multiple of V::kLanes.
+// Turns products s[rows, cols) into weights, zero where a row sees nothing; `weights` may be s. Row r sees the columns
+// seen[r], within [0, cols); `cols` is a multiple of V::kLanes. shrink[r] is the factor by which what was summed before
+// shrinks. All rows take the same loops, since counts that change from row to row cost more in mispredicted branches
+// than the columns that they save: only the columns that some row does not see are compared with its ends.
 template <class V, typename W>
-inline float softmax_row(float* s, W* weights, int cols, int begin, int end, const LogitScale& scale, RowState* row) {
+struct SoftmaxRows {
   using Vec = typename V::Vec;
-  constexpr int kLanes = V::kLanes;
-  begin = begin < 0 ? 0 : begin;
-  end = end > cols ? cols : end;
-  if (end <= begin) {
-    for (int c = 0; c < cols; c += kLanes) V::store(weights + c, V::zero());
-    return 1.0f;
-  }
-  const int first = begin / kLanes * kLanes, last = (end - 1) / kLanes * kLanes;
-  if (scale.cap != 0.0f) {
-    const Vec inner = V::set1(scale.inner);
-    for (int c = first; c <= last; c += kLanes) V::store(s + c, tanh<V>(V::mul(V::load(s + c), inner)));
-  }
-  const Vec none = V::set1(-INFINITY);
-  V::store(s + first, V::select(V::lanes(begin - first, end - first), V::load(s + first), none));
-  V::store(s + last, V::select(V::lanes(begin - last, end - last), V::load(s + last), none));
-  Vec top[4] = {none, none, none, none};
-  int c = first;
-  for (; c + 3 * kLanes <= last; c += 4 * kLanes)
-    for (int i = 0; i < 4; ++i) top[i] = V::max(top[i], V::load(s + c + i * kLanes));
-  for (; c <= last; c += kLanes) top[0] = V::max(top[0], V::load(s + c));
-  const float found = V::largest(V::max(V::max(top[0], top[1]), V::max(top[2], top[3]))) * scale.factor;
-  const float largest = found > row->largest ? found : row->largest;
-  if (largest == -INFINITY) {  // logits of -inf alone
-    for (c = 0; c < cols; c += kLanes) V::store(weights + c, V::zero());
-    return 1.0f;
-  }
-  const Vec factor = V::set1(scale.factor), shift = V::set1(-largest);
-  Vec sums[2] = {V::zero(), V::zero()};
-  for (c = 0; c < first; c += kLanes) V::store(weights + c, V::zero());
-  for (; c + kLanes <= last; c += 2 * kLanes)
-    for (int i = 0; i < 2; ++i) {
-      const Vec weight = V::exp2(V::fma(V::load(s + c + i * kLanes), factor, shift));
-      sums[i] = V::add(sums[i], weight);
-      V::store(weights + c + i * kLanes, weight);
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kMostRows = 32;
+
+  float* s;
+  W* weights;
+  int64_t ld;
+  int rows, cols;
+  const Range* seen;
+  const LogitScale& scale;
+
+  void operator()(RowState* states, float* shrink) const {
+    float largest[kMostRows];
+    const Range inner = seen_by_all();
+    for (int r = 0; r < rows; ++r) {
+      largest[r] = states[r].largest;
+      if (seen[r].empty()) continue;
+      if (scale.cap != 0.0f) cap(s + r * ld);
+      largest[r] = larger(largest[r], largest_of(s + r * ld, seen[r], inner) * scale.factor);
     }
-  for (; c <= last; c += kLanes) {
-    const Vec weight = V::exp2(V::fma(V::load(s + c), factor, shift));
-    sums[0] = V::add(sums[0], weight);
-    V::store(weights + c, weight);
+    for (int r = 0; r < rows; ++r) {
+      shrink[r] = 1.0f;
+      if (seen[r].empty() || largest[r] == -INFINITY) {  // or logits of -inf alone
+        for (int c = 0; c < cols; c += kLanes) V::store(weights + r * ld + c, V::zero());
+        continue;
+      }
+      if (states[r].largest != largest[r])
+        shrink[r] = states[r].largest == -INFINITY ? 0.0f : std::exp2(states[r].largest - largest[r]);
+      states[r] = {largest[r], states[r].sum * shrink[r] + weigh(s + r * ld, weights + r * ld, largest[r])};
+    }
   }
-  for (; c < cols; c += kLanes) V::store(weights + c, V::zero());
-  const float shrink = row->largest == -INFINITY ? 0.0f : std::exp2(row->largest - largest);
-  row->largest = largest;
-  row->sum = row->sum * shrink + V::sum(V::add(sums[0], sums[1]));
-  return shrink;
-}
+
+ private:
+  // Whole vectors of columns that every row sees which sees any.
+  Range seen_by_all() const {
+    Range inner{0, cols};
+    for (int r = 0; r < rows; ++r)
+      if (!seen[r].empty()) inner = {larger(inner.begin, seen[r].begin), smaller(inner.end, seen[r].end)};
+    inner.begin = (inner.begin + kLanes - 1) / kLanes * kLanes;
+    return {inner.begin, larger(inner.begin, inner.end / kLanes * kLanes)};
+  }
+
+  void cap(float* row) const {
+    const Vec inner = V::set1(scale.inner);
+    for (int c = 0; c < cols; c += kLanes) V::store(row + c, tanh<V>(V::mul(V::load(row + c), inner)));
+  }
+
+  // Products that the row does not see become -inf.
+  float largest_of(float* row, const Range& sees, const Range& inner) const {
+    const Vec none = V::set1(-INFINITY);
+    Vec top[4] = {none, none, none, none};
+    for (int c = 0; c < cols; c += kLanes) {
+      if (c == inner.begin) {
+        for (; c + 4 * kLanes <= inner.end; c += 4 * kLanes)
+          for (int i = 0; i < 4; ++i) top[i] = V::max(top[i], V::load(row + c + i * kLanes));
+        for (; c < inner.end; c += kLanes) top[0] = V::max(top[0], V::load(row + c));
+        if (c >= cols) break;
+      }
+      const Vec x = V::select(V::lanes(sees.begin - c, sees.end - c), V::load(row + c), none);
+      V::store(row + c, x);
+      top[1] = V::max(top[1], x);
+    }
+    return V::largest(V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
+  }
+
+  // Stores the weights of a row and returns their sum.
+  float weigh(const float* row, W* to, float largest) const {
+    const Vec factor = V::set1(scale.factor), shift = V::set1(-largest);
+    Vec sums[2] = {V::zero(), V::zero()};
+    int c = 0;
+    for (; c + 2 * kLanes <= cols; c += 2 * kLanes)
+      for (int i = 0; i < 2; ++i) {
+        const Vec weight = V::exp2(V::fma(V::load(row + c + i * kLanes), factor, shift));
+        sums[i] = V::add(sums[i], weight);
+        V::store(to + c + i * kLanes, weight);
+      }
+    if (c < cols) {
+      const Vec weight = V::exp2(V::fma(V::load(row + c), factor, shift));
+      sums[0] = V::add(sums[0], weight);
+      V::store(to + c, weight);
+    }
+    return V::sum(V::add(sums[0], sums[1]));
+  }
+};
 
 }  // namespace
 }  // namespace longattn::cpu
