@@ -2,7 +2,9 @@
 #pragma once
 
 // Clones resolve through ifunc, which glibc has; clang spells the targets differently, so it gets the baseline alone.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+// The resolvers run before the thread sanitizer does, and crash in it.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define LONGATTN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define LONGATTN_CPU_TARGETS "x86-64 with clones for AVX2 and AVX-512"
 #elif defined(__x86_64__)
