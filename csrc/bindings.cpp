@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -272,6 +273,25 @@ STABLE_TORCH_LIBRARY_IMPL(longattn, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled longattn kernels; importing this module registers them with torch.ops.longattn.";
   m.def("cpu_isa", [] { return std::string(cpu::attention_isa()); });
+  // Operations between registers, done once by each of `threads` of torch's threads: the ceiling of products of a
+  // dtype.
+  m.def("cpu_peak", [](const std::string& dtype, int64_t rounds, int64_t threads) -> int64_t {
+    const auto element = dtype == "bfloat16"  ? cpu::Element::kBFloat16
+                         : dtype == "float16" ? cpu::Element::kFloat16
+                                              : cpu::Element::kFloat32;
+    const cpu::AttentionKernels* kernels = cpu::attention_kernels(element);
+    if (!kernels || !kernels->peak) return 0;
+    struct Context {
+      int64_t (*peak)(int64_t), rounds;
+      std::atomic<int64_t> operations;
+    } context{kernels->peak, rounds, {0}};
+    const cpu::RangeBody body = [](int64_t begin, int64_t end, void* opaque) {
+      auto& c = *static_cast<Context*>(opaque);
+      for (; begin < end; ++begin) c.operations += c.peak(c.rounds);
+    };
+    parallel_for(threads, 1, body, &context);
+    return context.operations;
+  });
   m.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);

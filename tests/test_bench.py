@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from longattn.bench.cases import GOALS, parse_case
 from longattn.bench.compare import BOTH, FORWARD, Entry, Method, compare
+from longattn.bench.kernels import Sizes, measure_kernels
 from longattn.bench.memory import measure
 from longattn.bench.peers import OURS, PEERS, Peer, peers_for
 from longattn.bench.reference import dense_results, picked
@@ -18,6 +19,7 @@ from longattn.bench.rope import RopeShape, compare_rope
 from longattn.bench.scaling import Grid, fit_exponent, fits, measure_scaling
 from longattn.bench.timing import Sample, interleave, median_ms
 from longattn.cli import app
+from longattn.ops import dispatch
 from longattn.pattern import Pattern
 
 SHAPE = "B2 H4 K2 S150 D16 W20"
@@ -187,9 +189,34 @@ def test_rope_ways_are_right_and_timed():
         assert all(not entry.trouble or "Error" in entry.trouble for entry in found.values())
 
 
+needs_kernels = pytest.mark.skipif(
+    getattr(dispatch.compiled_module(), "cpu_isa", lambda: "none")() == "none", reason="no compiled attention here"
+)
+
+
+@needs_kernels
+def test_kernels_are_held_to_ceilings_timed_beside_them():
+    sizes = Sizes(128, (32, 16), (16,), 256, 32, 1 << 16, 32)
+    cells, ceilings = measure_kernels(sizes, threads=[1, 2], rounds=2, clock="wall")
+    assert len({(cell.name, cell.threads) for cell in cells}) == len(cells)
+    works = ["forward", "backward", "decode", "rotate", "rotate back", "rotate in place", "rotate back in place"]
+    assert list(dict.fromkeys(cell.work for cell in cells)) == [*works, "rotate interleaved"]
+    for cell in cells:
+        assert len(cell.samples) == 2 and cell.rate > 0
+        beside = {rate for name, rate in ceilings.items() if name.startswith(cell.ceiling)}
+        assert cell.ceiling_rate in beside
+        assert cell.share == cell.rate / cell.ceiling_rate
+
+
+@needs_kernels
+def test_register_peak_counts_operations():
+    peak = dispatch.compiled_module().cpu_peak
+    assert peak("float32", 10, 1) > 0 and peak("float32", 20, 3) == 6 * peak("float32", 10, 1)
+
+
 def test_goals_compare_ratios_with_what_is_aimed_at():
     goal = GOALS[0]
-    entries = [Entry(goal.shape, goal.dtype, goal.work, goal.peer, "", ratio=ratio) for ratio in (0.5, 2.0)]
+    entries = [Entry(goal.shape, goal.dtype, goal.work, goal.peer, "", ratio=ratio) for ratio in (0.5, 3.0)]
     assert [goals_met([entry])[0]["met"] for entry in entries] == [False, True]
     assert goals_met([]) == []
 
@@ -235,6 +262,19 @@ def test_command_writes_tables_json_and_picture(tmp_path):
     assert [(e["peer"], e["work"], len(e["samples"])) for e in run["attention"]] == [
         (peer, work, 2) for peer in (OURS, "sdpa, dense mask") for work in (FORWARD, BOTH)
     ]
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_kernels
+def test_command_measures_the_compiled_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr("longattn.cli.bench.QUICK_SIZES", Sizes(128, (32,), (16,), 256, 32, 1 << 16, 32))
+    arguments = ["bench", "--cpu", "--quick", "--shape", "B1 H2 S128 D16 W16", "--peer", "sdpa, dense mask"]
+    result = CliRunner().invoke(app, [*arguments, "--no-memory", "--no-rope", "--rounds", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "compiled kernels, 1 thread" in result.output and "registers float32" in result.output
+    (written,) = tmp_path.glob("kernels-*.json")
+    run = json.loads(written.read_text())
+    assert all(cell["median_ms"] > 0 and cell["share"] > 0 for cell in run["kernels"]) and run["attention"]
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

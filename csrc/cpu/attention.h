@@ -41,6 +41,9 @@ struct AttentionGrads {
 struct AttentionKernels {
   bool (*forward)(const AttentionParams& params, ParallelFor parallel_for);
   bool (*backward)(const AttentionParams& params, const AttentionGrads& grads, ParallelFor parallel_for);
+  // Multiply-adds between registers, as many as the kernels' products have sums; returns the operations done. What it
+  // takes is the floor of every product. Null where there is none.
+  int64_t (*peak)(int64_t rounds);
 };
 
 constexpr int kMaxHeadDim = 256;  // and a multiple of 8

@@ -25,7 +25,7 @@
 namespace longattn::cpu {
 
 const AttentionKernels* amx_kernels() {
-  static const AttentionKernels kernels{&forward<Amx, BFloat16>, &backward<Amx, BFloat16>};
+  static const AttentionKernels kernels{&forward<Amx, BFloat16>, &backward<Amx, BFloat16>, nullptr};
   return &kernels;
 }
 

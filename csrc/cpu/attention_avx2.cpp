@@ -27,9 +27,9 @@ namespace longattn::cpu {
 
 const AttentionKernels* avx2_kernels(Element element) {
   static const AttentionKernels kernels[] = {
-      {&forward<Fma<Avx2>, float>, &backward<Fma<Avx2>, float>},
-      {&forward<Fma<Avx2>, BFloat16>, &backward<Fma<Avx2>, BFloat16>},
-      {&forward<Fma<Avx2>, Float16>, &backward<Fma<Avx2>, Float16>},
+      {&forward<Fma<Avx2>, float>, &backward<Fma<Avx2>, float>, &Fma<Avx2>::peak},
+      {&forward<Fma<Avx2>, BFloat16>, &backward<Fma<Avx2>, BFloat16>, &Fma<Avx2>::peak},
+      {&forward<Fma<Avx2>, Float16>, &backward<Fma<Avx2>, Float16>, &Fma<Avx2>::peak},
   };
   return &kernels[static_cast<int>(element)];
 }

@@ -27,9 +27,9 @@ namespace longattn::cpu {
 
 const AttentionKernels* avx512_kernels(Element element) {
   static const AttentionKernels kernels[] = {
-      {&forward<Fma<Avx512>, float>, &backward<Fma<Avx512>, float>},
-      {&forward<Fma<Avx512>, BFloat16>, &backward<Fma<Avx512>, BFloat16>},
-      {&forward<Fma<Avx512>, Float16>, &backward<Fma<Avx512>, Float16>},
+      {&forward<Fma<Avx512>, float>, &backward<Fma<Avx512>, float>, &Fma<Avx512>::peak},
+      {&forward<Fma<Avx512>, BFloat16>, &backward<Fma<Avx512>, BFloat16>, &Fma<Avx512>::peak},
+      {&forward<Fma<Avx512>, Float16>, &backward<Fma<Avx512>, Float16>, &Fma<Avx512>::peak},
   };
   return &kernels[static_cast<int>(element)];
 }

@@ -26,7 +26,7 @@
 namespace longattn::cpu {
 
 const AttentionKernels* avx512_bf16_kernels() {
-  static const AttentionKernels kernels{&forward<Dot, BFloat16>, &backward<Dot, BFloat16>};
+  static const AttentionKernels kernels{&forward<Dot, BFloat16>, &backward<Dot, BFloat16>, &Dot::peak};
   return &kernels;
 }
 

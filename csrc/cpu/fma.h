@@ -99,6 +99,27 @@ struct Fma {
 
   struct Session {};  // what a thread sets up before its first product
 
+  static int64_t peak(int64_t rounds) {
+    Vec sums[2 * kRows];
+    const Vec a = V::set1(0.5f), b = V::set1(1.0f);
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds));
+    for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 24
+      for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::fma(sums[i], a, b);
+    return keep(sums, rounds * 2 * kRows * 2 * kLanes);
+  }
+
+  // The count, and a reason for the compiler to form the sums.
+  static int64_t keep(Vec (&sums)[2 * kRows], int64_t count) {
+    Vec total = sums[0];
+#pragma GCC unroll 24
+    for (int i = 1; i < 2 * kRows; ++i) total = V::add(total, sums[i]);
+    volatile float kept = V::sum(total);
+    static_cast<void>(kept);
+    return count;
+  }
+
  private:
   template <int kVecs, int64_t kRow, int64_t kDepth, bool kAdd>
   static LONGATTN_FORCE_INLINE void tile(const float* __restrict__ a, const float* __restrict__ b, int64_t depth,

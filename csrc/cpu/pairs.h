@@ -125,6 +125,18 @@ struct Dot : Pairs<12, 16> {
 
   struct Session {};
 
+  static int64_t peak(int64_t rounds) {
+    Vec sums[2 * kRows];
+    const __m512bh a = _mm512_cvtne2ps_pbh(V::set1(0.5f), V::set1(0.25f)),
+                   b = _mm512_cvtne2ps_pbh(V::zero(), V::zero());
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds));
+    for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 24
+      for (int i = 0; i < 2 * kRows; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
+    return Fma<Avx512>::keep(sums, rounds * 2 * kRows * 4 * kLanes);
+  }
+
   // C[kRows, begin .. end), columns counted from the first panel's; A[r, k] = a[r * kRow + k / 2 * kDepth + k % 2].
   template <int64_t kRow, int64_t kDepth, bool kAdd>
   static LONGATTN_FORCE_INLINE void product(const BFloat16* a, const BFloat16* b, int64_t panel, int begin, int end,

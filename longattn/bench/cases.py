@@ -100,14 +100,12 @@ class Goal:
 
 
 GOALS = (
-    Goal(SHAPES[0], "float32", "forward", "flex attention", 1.0),
-    Goal(SHAPES[0], "bfloat16", "forward", "flex attention", 1.5),
-    Goal(SHAPES[0], "float32", "forward+backward", "sdpa, dense mask", 4.5),
-    Goal(SHAPES[0], "bfloat16", "forward+backward", "sdpa, dense mask", 4.5),
-    Goal(SHAPES[1], "float32", "forward", "flex attention", 1.0),
-    Goal(SHAPES[1], "bfloat16", "forward", "flex attention", 1.0),
-    Goal(SHAPES[2], "float32", "forward", "flex attention", 1.0),
-    Goal(SHAPES[2], "bfloat16", "forward", "flex attention", 1.0),
+    Goal(SHAPES[0], "float32", "forward", "flex attention", 2.5),
+    Goal(SHAPES[0], "bfloat16", "forward", "flex attention", 6.8),
+    Goal(SHAPES[0], "float32", "forward+backward", "sdpa, dense mask", 10.0),
+    Goal(SHAPES[0], "bfloat16", "forward+backward", "sdpa, dense mask", 16.0),
+    Goal(SHAPES[1], "float32", "forward", "flex attention", 2.1),
+    Goal(SHAPES[1], "bfloat16", "forward", "flex attention", 5.8),
 )
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's pictures: ratios over longattn at each case, and growth over length and window."""
+"""The benchmark's pictures: ratios over longattn, shares of the machine's ceilings, growth over length and window."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longattn.bench.peers import OURS, PEERS
 from longattn.bench.report import Run
 from longattn.bench.text import milliseconds
 
-__all__ = ["plot_comparison", "plot_scaling"]
+__all__ = ["plot_comparison", "plot_kernels", "plot_scaling"]
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -51,6 +51,26 @@ def plot_comparison(run: Run, path: Path) -> None:
             axis.set_title(f"{shape}, {dtype}, {work}", fontsize=9)
             axis.tick_params(labelsize=7)
     figure.suptitle(f"a peer's time over {OURS}'s: {_facts(run)}", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def plot_kernels(run: Run, path: Path) -> None:
+    """Shares of the ceilings, a column for each number of threads; a tick where the project's goal is."""
+    columns = list(dict.fromkeys(cell.threads for cell in run.kernels))
+    most = max(sum(cell.threads == threads for cell in run.kernels) for threads in columns)
+    figure, axes = _figure(1, len(columns), 8 * len(columns), 1.2 + 0.2 * most)
+    for axis, threads in zip(axes[0], columns, strict=True):
+        cells = [cell for cell in reversed(run.kernels) if cell.threads == threads]
+        colours = [{"float32": "C0", "bfloat16": "C1"}.get(cell.dtype, "C2") for cell in cells]
+        bars = axis.barh([cell.name for cell in cells], [cell.share for cell in cells], color=colours)
+        axis.bar_label(bars, [f"{cell.share:.0%}" for cell in cells], padding=3, fontsize=6)
+        goals = [(cell.goal, cell.name) for cell in cells if cell.goal is not None]
+        axis.plot(*zip(*goals, strict=True), "|", color="black", markersize=9, label="goal")
+        axis.set_xlim(0, 1.25)
+        axis.set_title(f"{threads} thread{'s' if threads > 1 else ''}", fontsize=9)
+        axis.tick_params(labelsize=6)
+        axis.legend(fontsize=7, loc="lower right")
+    figure.suptitle(f"share of the ceiling measured in turns with it: {_facts(run)}", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

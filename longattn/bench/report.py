@@ -13,6 +13,7 @@ from rich.table import Table
 
 from longattn.bench.cases import GOALS
 from longattn.bench.compare import Entry
+from longattn.bench.kernels import Cell
 from longattn.bench.memory import Growth
 from longattn.bench.rope import RopeEntry
 from longattn.bench.scaling import Fit, Point
@@ -33,6 +34,7 @@ class Run:
     load_after: float | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
     attention: list[Entry] = field(default_factory=list)
+    kernels: list[Cell] = field(default_factory=list)
     rope: list[RopeEntry] = field(default_factory=list)
     memory: list[Growth] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -55,6 +57,8 @@ def tables(run: Run) -> Iterator[Table | str]:
     yield _machine(run)
     for (shape, dtype), entries in groupby(run.attention, lambda entry: (entry.shape, entry.dtype)):
         yield _attention(f"attention, {shape}, {dtype}", list(entries))
+    for threads, cells in groupby(run.kernels, lambda cell: cell.threads):
+        yield _kernels(f"compiled kernels, {threads} thread{'s' if threads > 1 else ''}", list(cells))
     goals = goals_met(run.attention)
     if goals:
         yield _goals(goals)
@@ -109,6 +113,18 @@ def _attention(title: str, entries: list[Entry]) -> Table:
             cells += [*_time(entry.median_ms, entry.ratio, entry.trouble), rate]
             note = entry.note
         table.add_row(peer, *cells, note)
+    return table
+
+
+def _kernels(title: str, cells: list[Cell]) -> Table:
+    table = _table(title, "kernel", "shape", "dtype", "ms", "rate", "ceiling", "share", "goal", "")
+    for cell in cells:
+        rates = f"{cell.rate:,.0f} {cell.unit}", f"{cell.ceiling_rate:,.0f}, {cell.ceiling.rsplit(' ', 1)[0]}"
+        goal, met = "", ""
+        if cell.goal is not None:
+            goal, met = f"{cell.goal:.0%}", "met" if cell.share >= cell.goal else "missed"
+        work = cell.work, cell.shape, cell.dtype
+        table.add_row(*work, milliseconds(cell.median_ms), *rates, f"{cell.share:.0%}", goal, met)
     return table
 
 

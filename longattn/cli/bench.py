@@ -13,6 +13,7 @@ from rich.console import Console
 
 from longattn.bench.cases import DTYPES, QUICK_SHAPES, SHAPES, Case, parse_case
 from longattn.bench.compare import FORWARD, Method, compare
+from longattn.bench.kernels import QUICK_SIZES, SIZES, measure_kernels
 from longattn.bench.machine import ceilings, load_average, machine_facts
 from longattn.bench.memory import measure
 from longattn.bench.peers import peers_for
@@ -20,9 +21,12 @@ from longattn.bench.report import Run, tables, write_json
 from longattn.bench.rope import QUICK_ROPE, ROPE, compare_rope
 from longattn.bench.scaling import GRID, QUICK_GRID, fits, measure_scaling
 from longattn.bench.timing import Clock
+from longattn.ops import dispatch
 
 __all__ = ["bench"]
 
+CPU_SHAPES, CPU_PEERS = SHAPES[:2], ["flex attention", "sdpa, dense mask"]
+LONG, QUICK_LONG = "B1 H2 S262144 D64 W512", "B1 H2 S2048 D64 W64"  # whose memory is measured
 WIDTH = 160  # of a table that goes to a file or a pipe, where rich would assume 80
 Say = Callable[[str], None]
 
@@ -30,6 +34,9 @@ Say = Callable[[str], None]
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, float32 unless --dtype says more.")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Fit the growth of time and memory over S and W.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="The compiled CPU kernels beside this machine's ceilings, then two peers.")
+    ] = False,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, ...; may be repeated.")] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help=f"As {SHAPES[0]!r} or {SHAPES[3]!r}; may be repeated.")
@@ -48,12 +55,16 @@ def bench(
     Every peer's result is checked against float64 before it is timed. All run in turns in one process on the same
     threads; a ratio is a peer's median over longattn's. With --scaling, only growth is measured.
     """
+    if cpu and dispatch.compiled_module() is None:
+        raise typer.BadParameter("--cpu needs the compiled module: `longattn doctor` says why there is none")
     if threads is not None:
         torch.set_num_threads(threads)
+    peer = peer or (CPU_PEERS if cpu and not quick else [])
+    default_shapes = QUICK_SHAPES if quick else CPU_SHAPES if cpu else SHAPES
     dtypes = dtype or (["float32"] if quick or scaling else ["float32", "bfloat16"])
     rounds = rounds or (3 if quick else 7)
     try:
-        cases = [parse_case(text, name) for name in dtypes for text in shape or (QUICK_SHAPES if quick else SHAPES)]
+        cases = [parse_case(text, name) for name in dtypes for text in shape or default_shapes]
         for case in cases:
             peers_for(case.pattern, peer)
     except ValueError as error:
@@ -73,6 +84,8 @@ def bench(
                 run.points += points
                 run.fits += fits(points)
         else:
+            if cpu:
+                _kernels(run, quick, rounds, memory, status.update)
             _compare(run, cases, peer, rounds, budget, memory, status.update)
             if rope:
                 where = QUICK_ROPE if quick else ROPE
@@ -83,7 +96,18 @@ def bench(
     run.load_after = load_average()
     for table in tables(run):
         console.print(table, soft_wrap=isinstance(table, str))
-    _write(run, out, console, scaling)
+    _write(run, out, console)
+
+
+def _kernels(run: Run, quick: bool, rounds: int, memory: bool, say: Say) -> None:
+    counts = sorted({1, torch.get_num_threads()})
+    sizes = QUICK_SIZES if quick else SIZES
+    run.kernels, found = measure_kernels(sizes, threads=counts, rounds=rounds, clock=run.clock, say=say)
+    run.ceilings = {**run.ceilings, **found}
+    for name in ("float32", "bfloat16") if memory else ():
+        case = parse_case(QUICK_LONG if quick else LONG, name)
+        say(f"memory of {case.shape}")
+        run.memory.append(measure(case, peers_for(case.pattern)[0]))
 
 
 def _compare(
@@ -98,10 +122,11 @@ def _compare(
             run.memory.append(measure(case, peer))
 
 
-def _write(run: Run, out: Path, console: Console, scaling: bool) -> None:
+def _write(run: Run, out: Path, console: Console) -> None:
     """JSON, and a PNG where matplotlib is installed, named after what was measured and the day."""
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{'scaling' if scaling else 'cpu'}-{run.machine['date'][:10]}"
+    kind = "scaling" if run.points else "kernels" if run.kernels else "cpu"
+    stem = out / f"{kind}-{run.machine['date'][:10]}"
     write_json(run, stem.with_suffix(".json"))
     console.print(f"wrote {stem.with_suffix('.json')}", soft_wrap=True)
     try:
@@ -109,7 +134,8 @@ def _write(run: Run, out: Path, console: Console, scaling: bool) -> None:
     except ImportError:
         console.print("no plot: this needs matplotlib: pip install 'longattn[plot]'")
         return
-    from longattn.bench.plots import plot_comparison, plot_scaling
+    from longattn.bench.plots import plot_comparison, plot_kernels, plot_scaling
 
-    (plot_scaling if scaling else plot_comparison)(run, stem.with_suffix(".png"))
+    plot = {"scaling": plot_scaling, "kernels": plot_kernels, "cpu": plot_comparison}[kind]
+    plot(run, stem.with_suffix(".png"))
     console.print(f"wrote {stem.with_suffix('.png')}", soft_wrap=True)
