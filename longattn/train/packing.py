@@ -1,0 +1,118 @@
+"""Rows of one length out of documents of any; changes with how documents are laid into rows."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from longattn.train.texts import read_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PackedDataset", "packed_dataset"]
+
+IGNORED = -100  # a label that transformers' losses leave out
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Rows of `length` tokens, cut out of one stream; any collator that stacks takes them.
+
+    Args:
+        ids: int32 (N,), the stream; what is left after the last whole row is not used.
+        starts: int64 (documents,), where in the stream each document starts, ascending.
+        length: tokens of a row.
+        separate: whether rows tell documents apart, by `position_ids` that start again.
+    """
+
+    def __init__(self, ids: Tensor, starts: Tensor, length: int, *, separate: bool = False) -> None:
+        self.ids, self.starts = ids, starts
+        self.length, self.separate = length, separate
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the stream."""
+        return len(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row: input_ids, labels and, where documents are told apart, position_ids, each int64 (length,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"PackedDataset: index must be 0 to {len(self) - 1}, got {index}")
+        begin = index * self.length
+        ids = self.ids[begin : begin + self.length].long()  # (length,)
+        if not self.separate:
+            return {"input_ids": ids, "labels": ids.clone()}
+        first, last = torch.searchsorted(self.starts, torch.tensor([begin, begin + self.length])).tolist()
+        starts = self.starts[first:last] - begin  # of documents that start in the row
+        labels = ids.clone()
+        labels[starts] = IGNORED  # the document before it does not predict it
+        count = torch.arange(self.length)
+        began = torch.zeros(self.length, dtype=torch.int64)
+        began[starts] = starts
+        return {"input_ids": ids, "labels": labels, "position_ids": count - began.cummax(0).values}
+
+
+def packed_dataset(
+    texts: str | os.PathLike[str] | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    separate: bool = False,
+    field: str = "text",
+) -> PackedDataset:
+    """Join documents, an end-of-text token after each, and cut the stream into rows of one length.
+
+    Args:
+        texts: a path as `read_texts` takes it, or documents.
+        tokenizer: turns a document into ids, with what it puts before a text itself.
+        length: tokens of a row. No row is padded; what is left after the last whole row is not used.
+        separate: whether rows tell documents apart: `position_ids` start again at each, so that no query sees another
+            document; a document that a row cuts goes on in the next as one of its own. By default queries see the
+            documents before theirs, as in most pretraining.
+        field: as for `read_texts`.
+
+    Returns:
+        The rows, a torch dataset for Trainer.
+
+    Raises:
+        OSError: a file can't be read.
+        TypeError: a document is no text.
+        ValueError: the documents don't fill one row, or the tokenizer has no end-of-text token.
+
+    Example:
+        >>> rows = longattn.train.packed_dataset("corpus/", tokenizer, 32768)
+        >>> transformers.Trainer(model, arguments, train_dataset=rows)
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"packed_dataset: length must be an int of at least 2, got {length!r}")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("packed_dataset: the tokenizer must have an eos_token, which goes between documents, got none")
+    ids, starts = array("i"), array("q")
+    for text in read_texts(texts, field=field) if isinstance(texts, (str, os.PathLike)) else texts:
+        if not isinstance(text, str):
+            raise TypeError(f"packed_dataset: documents must be texts, got {type(text).__name__}")
+        if not text:
+            continue
+        starts.append(len(ids))
+        found = tokenizer(text, verbose=False)["input_ids"]
+        ids.extend(found)
+        if found[-1:] != [end]:
+            ids.append(end)
+    if len(ids) < length:
+        raise ValueError(
+            f"packed_dataset: the text must fill at least one row of length {length}, got {len(ids)} tokens of "
+            f"{len(starts)} documents"
+        )
+    return PackedDataset(
+        torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(starts, dtype=torch.int64), length, separate=separate
+    )
