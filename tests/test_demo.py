@@ -12,12 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from longattn.demo import MODEL_FOLDER
-from longattn.demo.evaluate import encode, perplexity, scoring_windows
 from longattn.demo.findings import findings
 from longattn.demo.finetune import token_stream
 from longattn.demo.methods import NEW_TOKENS, ROPE_METHODS, rope_changes
@@ -25,7 +23,9 @@ from longattn.demo.plots import write_plots
 from longattn.demo.report import print_results
 from longattn.demo.results import Row
 from longattn.demo.run import Settings, run_demo
-from longattn.demo.text import Document, is_scored, read_documents
+from longattn.demo.text import is_scored, read_documents
+from longattn.evaluate import encode
+from longattn.text import Document
 
 SPLIT = [True, False, False, False]
 SETTINGS = Settings(methods=("linear", "yarn"), windows=6, tune_steps=2, tune_batch=1, tune_chars=30_000, new_tokens=8)
@@ -75,38 +75,6 @@ def test_tokenizer_has_a_byte_a_token_and_gives_text_back(tokenizer):
     assert encode(tokenizer, text) == list(text.encode())
     assert tokenizer.decode(encode(tokenizer, text)) == text
     assert encode(tokenizer, f"a{tokenizer.eos_token}b") == [97, 256, 98]
-
-
-def test_windows_end_at_the_same_characters_whatever_the_tokenizer(tokenizer):
-    class Pairs:
-        """Two characters a token."""
-
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [hash(text[i : i + 2]) % 1000 for i in range(0, len(text), 2)]}
-
-    docs = [Document("a.py", "".join(chr(97 + i * i % 26) for i in range(300)))]
-    (one,) = scoring_windows(docs, tokenizer, count=5, longest=64, target_chars=16, ends=(200,))
-    (other,) = scoring_windows(docs, Pairs(), count=5, longest=64, target_chars=16, ends=(200,))
-    assert bytes(one.ids).decode() == docs[0].text[136:200]
-    assert (one.num_targets, one.num_bytes) == (16, 16)
-    assert (len(other.ids), other.num_targets, other.num_bytes) == (64, 8, 16)
-
-
-def test_perplexity_is_that_of_the_last_bytes_alone(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
-    windows = scoring_windows(read_documents(scored=True, min_chars=4096), tokenizer, count=3, longest=300)
-    windows = [
-        replace(window, num_targets=count, num_bytes=count) for window, count in zip(windows, (128, 40, 7), strict=True)
-    ]
-    losses = []
-    for window in windows:
-        ids = torch.tensor([window.ids[-200:]])
-        with torch.no_grad():
-            log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        losses.append(-log_p[torch.arange(199), ids[0, 1:]][-window.num_targets :])
-    # the mean is over bytes, not over windows
-    expected = (torch.cat(losses).sum() / sum(window.num_bytes for window in windows)).exp().item()
-    assert perplexity(model, windows, 200) == pytest.approx(expected, rel=1e-4)
 
 
 def test_stream_ends_each_document_and_stops(tokenizer):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longattn.demo.evaluate import encode
-from longattn.demo.text import Document
+from longattn.evaluate.windows import encode
+from longattn.text import Document
 
 if TYPE_CHECKING:
     from torch import Tensor

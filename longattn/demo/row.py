@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longattn.hf  # noqa: F401  (checkpoints whose attention was changed ask transformers for it)
 from longattn.checkpoint import extend_checkpoint
-from longattn.demo.evaluate import ScoringWindow, encode, perplexity, scoring_windows, token_loss
 from longattn.demo.finetune import fine_tune, token_stream
 from longattn.demo.methods import NEW_TOKENS, Change
 from longattn.demo.results import Continuation, Everything, Row, TokenResult
 from longattn.demo.text import read_documents
+from longattn.evaluate import ScoringWindow, encode, score_last, scoring_windows, token_loss
 
 if TYPE_CHECKING:
     from longattn.demo.run import Settings
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EVALUATION_WORK", "Bench", "Progress"]
 
 EVALUATION_WORK = 10.0  # what one row's scores cost, in fine-tuning steps; for the progress bar only
+WINDOW_ENDS = (4096, 8192, 12288)  # characters of a file
 PROMPT_WITH_TOKENS = """    def get_name(self):
         return self._name
 
@@ -73,7 +74,7 @@ class Bench:
     def _scores(self, name: str, model: Any, windows: list[ScoringWindow]) -> dict[int, float]:
         scores = {}
         for context in self.contexts:
-            scores[context] = perplexity(model, windows, context)
+            scores[context] = score_last(model, windows, context).byte_perplexity
             self.progress(f"{name}: scored with {context} tokens", EVALUATION_WORK / len(self.contexts))
         return scores
 
@@ -124,7 +125,9 @@ class Bench:
 
     def _windows(self, tokenizer: Any) -> list[ScoringWindow]:
         longest = self.contexts[-1]
-        windows = scoring_windows(self.scored, tokenizer, count=self.settings.windows, longest=longest)
+        windows = scoring_windows(
+            self.scored, tokenizer, count=self.settings.windows, longest=longest, ends=WINDOW_ENDS
+        )
         if not windows:
             raise ValueError(f"demo: no held-out file of the standard library is as long as {longest} tokens")
         return windows

@@ -5,23 +5,16 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Document", "is_scored", "read_documents"]
+from longattn.text import Document
+
+__all__ = ["is_scored", "read_documents"]
 
 SCORED_OF = 6  # one file of so many is scored, the others are trained on
 # installed packages are not the standard library; the rest is generated, or differs with what was installed
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "encodings"})
 SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One source file: its path below the standard library, with forward slashes, and its text."""
-
-    name: str
-    text: str
 
 
 def is_scored(name: str) -> bool:

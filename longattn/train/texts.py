@@ -1,92 +1,20 @@
-"""Documents out of files, folders and saved datasets, all local; changes with which formats are read."""
+"""Texts to train on, from whatever `longattn.text` reads."""
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+
+from longattn.text import load_documents
 
 __all__ = ["read_texts"]
 
-SAVED_DATASET, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
-
 
 def read_texts(path: str | os.PathLike[str], *, field: str = "text") -> Iterator[str]:
-    """Read documents, one at a time.
-
-    Args:
-        path: a text file, which is one document; `.jsonl`, `.parquet`, a document a row; what `datasets` saved by
-            `save_to_disk`; or a folder, of which all files are read in the order of their names, hidden ones left out.
-            Files in a folder that are not UTF-8 are left out with a warning.
-        field: the column that holds the text, where rows have columns.
-
-    Raises:
-        OSError: a file can't be read.
-        ValueError: a file holds no such text, or a folder no file.
+    """Read documents, one at a time; arguments and errors are those of `longattn.text.load_documents`.
 
     Example:
         >>> documents = list(longattn.train.read_texts("corpus/"))
     """
-    source = Path(path).expanduser()
-    if not source.is_dir():
-        yield from _of_file(source, field)
-    elif (source / SAVED_SPLITS).is_file():
-        splits = json.loads((source / SAVED_SPLITS).read_text(encoding="utf-8")).get("splits", [])
-        raise ValueError(f"text: {source} holds the splits {', '.join(splits)}; give one, such as {source / splits[0]}")
-    elif (source / SAVED_DATASET).is_file():
-        from datasets import load_from_disk
-
-        yield from (_field(row, field, str(source)) for row in load_from_disk(str(source)))
-    else:
-        yield from _of_folder(source, field)
-
-
-def _of_folder(folder: Path, field: str) -> Iterator[str]:
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not names:
-        raise ValueError(f"text: {folder} holds no file")
-    skipped = []
-    for name in names:
-        try:
-            yield from _of_file(folder / name, field)
-        except UnicodeDecodeError:
-            skipped.append(name)
-    if skipped:
-        warnings.warn(
-            f"text: {len(skipped)} of {len(names)} files in {folder} are not UTF-8 and left out, such as {skipped[0]}",
-            stacklevel=2,
-        )
-
-
-def _of_file(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from (_field(row, field, str(path)) for row in batch.to_pylist())
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _field(_json(line, f"{path}, line {number}"), field, f"{path}, line {number}")
-    else:
-        yield path.read_bytes().decode("utf-8")
-
-
-def _json(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"text: {place} is not JSON: {error.msg}") from None
-
-
-def _field(row: Any, field: str, place: str) -> str:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"text: {place} must hold an object with the field {field!r}, got {type(row).__name__}")
-    if not isinstance(row.get(field), str):
-        raise ValueError(f"text: {place} must have text in the field {field!r}, got fields {', '.join(row)}")
-    return row[field]
+    for document in load_documents(path, field=field):
+        yield document.text
