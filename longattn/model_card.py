@@ -23,13 +23,13 @@ from longattn.units import format_bytes, format_flops
 if TYPE_CHECKING:
     from longattn.vocab import TokenReport
 
-__all__ = ["write_model_card"]
+__all__ = ["write_model_card", "write_training_card"]
 
 CARD = "README.md"
 BEGIN, END = "<!-- longattn: begin -->", "<!-- longattn: end -->"
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|\Z)", re.DOTALL)
 OURS = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
-PLAN_SECTION = re.compile(r"^### Plan \d+\n", re.MULTILINE)
+SECTION = re.compile(r"^### (Plan|Training) \d+\n", re.MULTILINE)
 # What a card says of the weights that were measured, which is not true of a changed model.
 MEASURED = ("model-index",)
 # What a plan records of initialisers that only Python can give.
@@ -63,22 +63,64 @@ def write_model_card(
     Example:
         >>> write_model_card(folder, "Llama-2-7b", plan, report, name="Llama-2-7b-32k", base_model=None)
     """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    patterns = config.get("attn_implementation") == IMPLEMENTATION
+    section = _plan_section(source, plan, report, patterns)
+    _write(folder, "Plan", section, _loading(folder, patterns), name=name, base_model=base_model)
+
+
+def write_training_card(
+    folder: Path,
+    what: Sequence[str],
+    settings: dict[str, Any],
+    loading: str | None,
+    *,
+    name: str,
+    base_model: str | None,
+) -> None:
+    """Add what a training run did to the README.md of a folder that holds all its other files already.
+
+    Args:
+        folder: the new checkpoint, or the adapter.
+        what: paragraphs on what was trained, how, and what was measured.
+        settings: the run's keys.
+        loading: the code that loads it, where `AutoModelForCausalLM` does not.
+        name: as in `write_model_card`.
+        base_model: as in `write_model_card`.
+
+    Example:
+        >>> write_training_card(folder, ["10 steps."], {"steps": 10}, name="tuned", base_model=None)
+    """
+    if loading is None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        loading = _loading(folder, config.get("attn_implementation") == IMPLEMENTATION)
+    section = "\n\n".join([*what, _fenced(dump_yaml(settings), "yaml"), _versions()])
+    _write(folder, "Training", section, loading, name=name, base_model=base_model)
+
+
+def _write(folder: Path, kind: str, section: str, loading: str, *, name: str, base_model: str | None) -> None:
+    """Put a section of a kind after those of earlier plans and training runs, above the old card."""
     path = folder / CARD
     # what is no UTF-8 comes back byte by byte
     old = path.read_text(encoding="utf-8-sig", errors="surrogateescape") if path.is_file() else ""
     front, body = _split(old)
-    earlier = [section for ours in OURS.findall(body) for section in _plan_sections(ours)]
+    sections = [section for ours in OURS.findall(body) for section in _sections(ours)]
     body = OURS.sub("", body).strip("\n")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    patterns = config.get("attn_implementation") == IMPLEMENTATION
-    sections = [*earlier, f"### Plan {len(earlier) + 1}\n\n{_plan_section(source, plan, report, patterns)}"]
+    number = sum(earlier.startswith(f"### {kind} ") for earlier in sections) + 1
+    sections.append(f"### {kind} {number}\n\n{section}")
     origin = "a checkpoint on disk" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
+    trained = any(earlier.startswith("### Training ") for earlier in sections)
+    weights = (
+        "Weights were trained, as it says there."
+        if trained
+        else "No weight was trained for it: all tensors are those of that checkpoint, but for the rows of new tokens."
+    )
     parts = [
         f"---\n{_front_matter(front, base_model)}---\n\n{BEGIN}",
         f"# {name}",
-        f"Made from {origin} with longattn, in {_times(len(sections))}. No weight was trained for it: all tensors are "
-        f"those of that checkpoint, but for the rows of new tokens.{' Its card follows below.' if body else ''}",
-        f"### Load\n\n{_fenced(_loading(folder, patterns), 'python')}",
+        f"Made from {origin} with longattn, in {_times(len(sections))}. {weights}"
+        f"{' Its card follows below.' if body else ''}",
+        f"### Load\n\n{_fenced(loading, 'python')}",
         *sections,
         END,
         *([body] if body else []),
@@ -100,8 +142,8 @@ def _split(card: str) -> tuple[str, str]:
     return (match[1], card[match.end() :]) if isinstance(root, yaml.MappingNode) else ("", card)
 
 
-def _plan_sections(ours: str) -> list[str]:
-    starts = [match.start() for match in PLAN_SECTION.finditer(ours)]
+def _sections(ours: str) -> list[str]:
+    starts = [match.start() for match in SECTION.finditer(ours)]
     ends = [*starts[1:], ours.index(END)]
     return [ours[start:end].strip("\n") for start, end in zip(starts, ends, strict=True)] if starts else []
 
@@ -130,8 +172,8 @@ def _tags(stored: yaml.Node | None) -> list[str]:
     return tags if "longattn" in tags else [*tags, "longattn"]
 
 
-def _times(plans: int) -> str:
-    return "one step" if plans == 1 else f"{plans} steps, oldest first"
+def _times(steps: int) -> str:
+    return "one step" if steps == 1 else f"{steps} steps, oldest first"
 
 
 def _loading(folder: Path, patterns: bool) -> str:
@@ -152,9 +194,12 @@ def _plan_section(source: str | os.PathLike[str], plan: Plan | None, report: Rep
     for heading, lines in (("Checked when it was made:", report.proofs), ("Notes:", report.notes)):
         if lines:
             parts.append("\n".join([heading, "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join([*parts, _versions()])
+
+
+def _versions() -> str:
     info = build_info()
-    versions = ", ".join(f"{package} {info[package]}" for package in ("longattn", "transformers", "torch"))
-    return "\n\n".join([*parts, f"Versions: {versions}."])
+    return f"Versions: {', '.join(f'{package} {info[package]}' for package in ('longattn', 'transformers', 'torch'))}."
 
 
 def _planned(source: str | os.PathLike[str], plan: Plan, patterns: bool) -> list[str]:

@@ -9,8 +9,12 @@ __all__ = ["app", "main"]
 
 # Which extra brings a module that a command may miss.
 EXTRAS = {
+    "accelerate": "train",
     "click": "cli",
+    "datasets": "train",
     "matplotlib": "plot",
+    "peft": "train",
+    "pyarrow": "train",
     "rich": "cli",
     "safetensors": "hf",
     "tokenizers": "hf",

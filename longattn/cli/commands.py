@@ -13,6 +13,7 @@ __all__ = ["app"]
 
 COMMANDS = {
     "extend": "Change a checkpoint - context, attention, tokens - and write the new one.",
+    "train": "Extend a checkpoint and train it, by one YAML file.",
     "inspect": "Show a checkpoint's structure, layer by layer, and what it costs at a given length.",
     "demo": "Do the main job on a small real model, with nothing to fetch.",
     "plot": "Draw rotary wavelengths or attention patterns as PNG.",

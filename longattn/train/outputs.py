@@ -1,0 +1,169 @@
+"""What a training run writes: its log, the plot of its loss, and the checkpoint; changes with what is kept of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+
+from longattn.checkpoint_source import files_beside_weights
+from longattn.hf.record import layer_patterns
+from longattn.info import build_info
+from longattn.model_card import CARD, write_training_card
+from longattn.part_folder import whole_or_absent
+from longattn.report import in_runs
+from longattn.train.recipes import merge
+from longattn.train.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LogFile", "loss_plot", "save_adapter", "save_merged"]
+
+# What is kept of Trainer's entries, and what it is called.
+KEPT = {
+    "step": "step",
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "num_input_tokens_seen": "tokens",
+    "tokens_per_second": "tokens_per_second",
+}
+PLACES = ("model", "text", "eval_text", "out", "resume")  # what a card leaves out: where things lay
+ADAPTER_LOADING = """import longattn  # registers the attention that the model's config names
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")  # this folder; the model below it lies where it was trained
+"""
+
+
+class LogFile(TrainerCallback):
+    """Writes the whole log anew at each entry, so that a run that is stopped leaves it."""
+
+    def __init__(self, path: Path, spec: TrainSpec) -> None:
+        self.path, self.spec = path, spec
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(state.log_history)
+
+    def write(self, history: Sequence[dict[str, Any]], complete: bool = False) -> dict[str, Any]:
+        """Write the file, whole or not at all, and return what it holds."""
+        entries = [{KEPT[key]: value for key, value in entry.items() if key in KEPT} for entry in history]
+        entries = [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
+        versions = {name: build_info()[name] for name in ("longattn", "transformers", "torch", "python")}
+        log = {"complete": complete, "run": self.spec.to_dict(), "versions": versions, "history": entries}
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self.path)
+        return log
+
+
+def loss_plot(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the loss of training and of held-out text over the steps."""
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out, as served", "o--")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=5)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(axis="y", color="#e4e8ed")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def save_merged(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TrainSpec,
+    out: Path,
+    source: Path,
+    stored: Any,
+    log: dict[str, Any],
+) -> Path:
+    """Fold what was trained into the checkpoint, in the dtype it was stored in, beside what else its folder held."""
+    folded = merge(model)
+    folded.to(stored.dtype or torch.float32)  # type: ignore[arg-type]
+    folded.config.use_cache = stored.use_cache  # Trainer switches it off
+    folder = out / "model"
+    with whole_or_absent(folder) as part:
+        folded.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for path in files_beside_weights(source):
+            if not (part / path).exists():
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / path, part / path)
+        _write_card(part, spec, out, stored, log)
+    return folder
+
+
+def save_adapter(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TrainSpec,
+    out: Path,
+    source: Path,
+    stored: Any,
+    log: dict[str, Any],
+) -> Path:
+    """Write the adapter by itself, with the tokenizer; it names the checkpoint that it was trained on."""
+    folder = out / "adapter"
+    with whole_or_absent(folder) as part:
+        model.save_pretrained(part)  # type: ignore[operator]
+        tokenizer.save_pretrained(part)
+        (part / CARD).unlink(missing_ok=True)  # PEFT's
+        if (source / CARD).is_file():
+            shutil.copyfile(source / CARD, part / CARD)
+        _write_card(part, spec, out, stored, log, loading=ADAPTER_LOADING)
+    return folder
+
+
+def _write_card(
+    folder: Path, spec: TrainSpec, out: Path, stored: Any, log: dict[str, Any], *, loading: str | None = None
+) -> None:
+    settings = {key: value for key, value in spec.to_dict().items() if key not in PLACES}
+    base_model = None if Path(spec.model).expanduser().is_dir() else spec.model
+    what = [_what(spec, stored), *_measured(log["history"])]
+    write_training_card(folder, what, settings, loading=loading, name=out.name, base_model=base_model)
+
+
+def _what(spec: TrainSpec, stored: Any) -> str:
+    tokens = spec.steps * spec.accumulate * spec.batch * spec.length
+    whole = ["the embeddings"] * spec.train_embeddings + ["the norms"] * spec.train_norms
+    learnt = {
+        "full": "all weights",
+        "new-rows": f"only the embeddings' rows of {len(spec.tokens)} tokens",
+        "longlora": ", ".join([f"adapters of rank {spec.rank} on the attention's projections", *whole]),
+    }[spec.recipe]
+    kept = {"keep": "; it lies here, beside the checkpoint", "merge": "; it is folded into the weights"}[spec.adapter]
+    ways = [layer_patterns(stored, part) for part in ("train_attention", "attention")]
+    attention = [in_runs([str(pattern) for pattern in patterns]) if patterns else "its own" for patterns in ways]
+    return (
+        f"{spec.steps:,} steps, {tokens:,} tokens in rows of {spec.length:,}, by transformers' Trainer. "
+        f"What learned: {learnt}{'' if spec.recipe == 'full' else kept}. "
+        f"Attention while it trained: {attention[0]}; as it is served: {attention[1]}."
+    )
+
+
+def _measured(history: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each loss, its first and last value."""
+    found = []
+    for key, name in (("loss", "Loss in training"), ("eval_loss", "Loss of held-out text, as served")):
+        entries = [entry for entry in history if key in entry]
+        if entries:
+            first, last = entries[0], entries[-1]
+            found.append(f"{name}: {first[key]:.4f} at step {first['step']}, {last[key]:.4f} at step {last['step']}.")
+    return [" ".join(found)] if found else []

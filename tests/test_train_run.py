@@ -1,0 +1,252 @@
+"""`longattn train`: one YAML from the plan to a checkpoint that loads; runs that end early go on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from checkpoints import digests, stored
+from hf_models import build, build_tokenizer, tokens
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from longattn.checkpoint import extend_checkpoint
+from longattn.cli import app
+from longattn.hf.attention import calls_seen
+from longattn.pattern import parse_pattern
+from longattn.plan import Plan
+from longattn.surgery import restore
+from longattn.train import TrainSpec, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
+
+STEPS, LENGTH = 4, 128
+PLAN = dict(
+    rope={"rope_type": "yarn", "factor": 4.0},
+    train_attention="group:32+shift",
+    tokens={"tokens": ["<tool>"], "init": {"<tool>": "w1 w2"}},
+)
+RUN = dict(length=LENGTH, steps=STEPS, batch=2, learning_rate=1e-2, rank=2, save_every=2, **PLAN)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny checkpoint, and text to train on and to hold out."""
+    folder = tmp_path_factory.mktemp("train")
+    build("llama", torch.float32, num_hidden_layers=2, initializer_range=0.1).save_pretrained(folder / "src")
+    build_tokenizer().save_pretrained(folder / "src")
+    (folder / "src" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\nIt is good.\n")
+    (folder / "src" / "LICENSE").write_text("Do as you like.\n")
+    (folder / "text").mkdir()
+    for number in range(6):
+        words = [f"w{(number + step) % 50}" for step in range(300)]
+        words[::20] = ["<tool>"] * len(words[::20])
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    (folder / "held.txt").write_text(" ".join(f"w{step % 50}" for step in range(300)))
+    return folder
+
+
+def spec(home, out, **more) -> TrainSpec:
+    places = dict(model=str(home / "src"), text=str(home / "text"), out=str(out))
+    return TrainSpec.from_dict({**places, **RUN, **more})
+
+
+@pytest.fixture(scope="module")
+def done(home):
+    """A whole run by the command, and what it printed."""
+    keys = {**RUN, "model": "src", "text": "text", "eval_text": "held.txt", "eval_every": 2, "out": "tuned"}
+    (home / "train.yaml").write_text(yaml.safe_dump(keys))
+    before = digests(home / "src")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        result = CliRunner().invoke(app, ["train", "train.yaml"])
+    assert result.exit_code == 0, result.output
+    assert digests(home / "src") == before
+    return home / "tuned", result.stdout
+
+
+def losses(log, key="loss"):
+    return {entry["step"]: entry[key] for entry in log["history"] if key in entry}
+
+
+def test_command_writes_a_checkpoint_log_and_plot(done):
+    out, printed = done
+    assert {path.name for path in out.iterdir()} == {
+        *("train.yaml", "base", "checkpoints", "log.json", "loss.png", "model")
+    }
+    log = json.loads((out / "log.json").read_text())
+    assert log["complete"] and list(losses(log)) == [1, 2, 3, 4] and list(losses(log, "eval_loss")) == [0, 2, 4]
+    assert losses(log)[4] < losses(log)[1] and losses(log, "eval_loss")[4] < losses(log, "eval_loss")[0]
+    assert all(entry["tokens_per_second"] > 0 for entry in log["history"] if entry["step"] > 1 and "loss" in entry)
+    assert log["history"][-1]["tokens"] == STEPS * 2 * LENGTH
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and (out / "loss.png").stat().st_size > 10_000
+    assert f"training loss  {losses(log)[1]:.4f} (step 1) -> {losses(log)[4]:.4f} (step 4)" in printed
+    assert "wrote tuned/model" in printed
+
+
+def test_trained_checkpoint_is_a_longattn_checkpoint(done, home):
+    out, _ = done
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    assert model.config.max_position_embeddings == 256 and model.config.use_cache
+    assert tokenizer.convert_tokens_to_ids("<tool>") == 64 and model.get_input_embeddings().weight.shape[0] == 65
+    for training, pattern in ((True, "group:32+shift:16"), (False, "full")):
+        with calls_seen() as calls:
+            model.train(training)(tokens(1, 64))
+        assert {found for _, found in calls} == {parse_pattern(pattern)}
+    assert (out / "model" / "LICENSE").read_text() == "Do as you like.\n"
+    base, trained = stored(out / "base"), stored(out / "model")
+    assert base.keys() == trained.keys()
+    changed = {name for name in base if not torch.equal(base[name][1], trained[name][1])}
+    assert changed == {name for name in base if "self_attn" in name or "norm" in name} | {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    old, new = base["lm_head.weight"][1], trained["lm_head.weight"][1]
+    assert (old != new).any(1).nonzero().flatten().tolist() == [64]  # the new token's row alone
+    restore(model)
+    extend_checkpoint(out / "model", home / "again", Plan(rope={"factor": 2.0}))
+    assert "### Plan 2" in (home / "again" / "README.md").read_text()
+
+
+def test_card_says_what_was_done(done):
+    out, _ = done
+    card = (out / "model" / "README.md").read_text()
+    assert card.index("### Plan 1") < card.index("### Training 1") < card.index("# A model")
+    assert "No weight was trained" not in card and "license: mit" in card
+    assert "adapters of rank 2 on the attention's projections, the embeddings, the norms; it is folded" in card
+    assert "Attention while it trained: 2 x group:32+shift; as it is served: 2 x full." in card
+    assert "1,024 tokens in rows of 128" in card and str(out.parent) not in card
+    assert "No weight was trained" in (out / "base" / "README.md").read_text()
+
+
+class Stop(BaseException):
+    """Ends a run as Ctrl-C does."""
+
+
+def stop_at(step):
+    def progress(doing, at, steps, entry):
+        if doing == "training" and at == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("recipe", ["longlora", "full", "new-rows"])
+def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, recipe):
+    more = dict(recipe=recipe) if recipe == "longlora" else dict(recipe=recipe, rank=8)
+    whole = train(spec(home, tmp_path / "whole", **more))
+    part = spec(home, tmp_path / "part", **more)
+    with pytest.raises(Stop):
+        train(part, progress=stop_at(3))
+    assert not (tmp_path / "part" / "model").exists()
+    assert not json.loads((tmp_path / "part" / "log.json").read_text())["complete"]
+    broken = tmp_path / "part" / "checkpoints" / "checkpoint-3"  # killed while it was written
+    shutil.copytree(broken.with_name("checkpoint-2"), broken)
+    (broken / "trainer_state.json").write_text("{")
+    with pytest.raises(FileExistsError, match="holds a run; go on with it by resume"):
+        train(part)
+    resumed = train(replace(part, resume=True))
+    assert losses(resumed.log) == losses(whole.log)
+    found, expected = stored(resumed.checkpoint), stored(whole.checkpoint)
+    assert all(torch.equal(found[name][1], value) for name, (_, value) in expected.items())
+    base = stored(tmp_path / "whole" / "base")
+    rows = {name for name in base if not torch.equal(base[name][1], expected[name][1])}
+    if recipe == "new-rows":
+        assert rows == {"model.embed_tokens.weight", "lm_head.weight"}
+        assert all(torch.equal(expected[name][1][:64], base[name][1][:64]) for name in rows)
+    if recipe == "full":
+        assert rows == set(base)
+
+
+def test_a_run_killed_while_it_writes_the_checkpoint_goes_on(done, home, tmp_path):
+    out, _ = done
+    part = tmp_path / "part"
+    shutil.copytree(out, part)
+    shutil.rmtree(part / "model")
+    run = replace(TrainSpec.from_yaml(out / "train.yaml"), resume=True)
+    run = replace(run, model=str(home / "src"), text=str(home / "text"), eval_text=str(home / "held.txt"))
+    run = replace(run, out=str(part))
+    (part / "train.yaml").write_text(yaml.safe_dump(replace(run, resume=False).to_dict()))
+    again = train(run)
+    expected = stored(out / "model")
+    assert all(torch.equal(value, expected[name][1]) for name, (_, value) in stored(again.checkpoint).items())
+    with pytest.raises(FileExistsError, match="the run in .* is done, see .*model; name another out"):
+        train(run)
+
+
+def test_adapter_is_kept_beside_its_checkpoint(home, tmp_path):
+    kept = train(spec(home, tmp_path / "kept", adapter="keep", steps=2)).checkpoint
+    merged = train(spec(home, tmp_path / "merged", steps=2)).checkpoint
+    assert kept.name == "adapter" and not (tmp_path / "kept" / "model").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(kept).eval()
+    ids = tokens(1, 100)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(kept).convert_tokens_to_ids("<tool>") == 64
+    card = (kept / "README.md").read_text()
+    assert "it lies here, beside the checkpoint" in card and "AutoPeftModelForCausalLM.from_pretrained" in card
+
+
+def test_bfloat16_and_checkpointing_train_the_same_weights_in_float32(home, tmp_path):
+    plain = train(spec(home, tmp_path / "plain", steps=2))
+    again = train(spec(home, tmp_path / "again", steps=2, gradient_checkpointing=True))
+    half = train(spec(home, tmp_path / "half", steps=2, bf16=True))
+    assert losses(again.log) == pytest.approx(losses(plain.log), rel=1e-4)
+    assert losses(half.log) == pytest.approx(losses(plain.log), rel=2e-2)
+    weights = [stored(run.checkpoint) for run in (plain, half)]
+    assert all(value.dtype == torch.float32 for found in weights for _, value in found.values())
+
+
+def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
+    out, _ = done
+    keys = dict(model=str(out / "model"), text=str(home / "text"), out=str(tmp_path / "more"), length=64, steps=1)
+    result = train(TrainSpec.from_dict({**keys, "recipe": "new-rows", "new_tokens": ["<tool>"], "warmup": 0}))
+    assert not (tmp_path / "more" / "base").exists()
+    card = (result.checkpoint / "README.md").read_text()
+    assert "### Training 1" in card and "### Training 2" in card and "rows of 1 tokens" in card
+    with pytest.raises(ValueError, match="new_tokens must be in the model's tokenizer, got '<none>'"):
+        train(TrainSpec.from_dict({**keys, "out": str(tmp_path / "none"), "new_tokens": ["<none>"]}))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(length=4096), "length must be at most the model's 256 positions, got 4096; let rope or context extend"),
+        (dict(text="absent.txt"), "No such file"),
+        (dict(field="body", text="rows.jsonl"), "must have text in the field 'body', got fields text"),
+        (dict(rope={"rope_type": "yarn"}), "factor"),
+        (dict(model="nowhere/else/at/all"), "neither a folder nor the id of a model"),
+    ],
+)
+def test_a_run_that_fails_leaves_nothing(home, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n')
+    keys = {**RUN, "model": str(home / "src"), "text": str(home / "text"), "out": "out", **change}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(keys))
+    result = CliRunner().invoke(app, ["train", "train.yaml"])
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("longattn train: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_other_things_and_other_runs_are_refused(done, home, tmp_path):
+    out, _ = done
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    with pytest.raises(ValueError, match="out must be new, empty or the folder of an earlier run"):
+        train(spec(home, tmp_path / "mine"))
+    with pytest.raises(ValueError, match="out must be a folder, got the file"):
+        train(spec(home, tmp_path / "mine" / "file"))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "train.yaml").write_text(yaml.safe_dump(spec(home, begun).to_dict()))
+    with pytest.raises(ValueError, match="learning_rate must be that of the run in .*, 0.01, to go on .* got 1.0"):
+        train(spec(home, begun, learning_rate=1.0, resume=True))
