@@ -17,7 +17,7 @@ from longattn.demo import MODEL_FOLDER
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-JOBS = ("extend-context", "windows", "longlora", "distributed", "tokens", "patterns", "serving")
+JOBS = ("extend-context", "windows", "longlora", "training", "distributed", "tokens", "patterns", "serving")
 
 
 def test_every_job_has_a_page_with_code():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +89,17 @@ def test_command_writes_a_checkpoint_log_and_plot(done):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and (out / "loss.png").stat().st_size > 10_000
     assert f"training loss  {losses(log)[1]:.4f} (step 1) -> {losses(log)[4]:.4f} (step 4)" in printed
     assert "wrote tuned/model" in printed
+
+
+def test_log_is_documented_key_by_key(done):
+    page = Path(__file__).parents[1] / "docs" / "commands.md"
+    section = page.read_text(encoding="utf-8").partition("## `log.json`")[2].partition("\n## ")[0]
+    log = json.loads((done[0] / "log.json").read_text())
+    entries = {f"history[].{key}" for entry in log["history"] for key in entry}
+    versions = {f"versions.{name}" for name in log["versions"]}
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    documented = {key for cell in cells for key in re.findall(r"`(.+?)`", cell)}
+    assert documented == (log.keys() - {"versions"}) | versions | entries
 
 
 def test_trained_checkpoint_is_a_longattn_checkpoint(done, home):
@@ -172,9 +185,10 @@ def test_a_run_killed_while_it_writes_the_checkpoint_goes_on(done, home, tmp_pat
     run = replace(run, model=str(home / "src"), text=str(home / "text"), eval_text=str(home / "held.txt"))
     run = replace(run, out=str(part))
     (part / "train.yaml").write_text(yaml.safe_dump(replace(run, resume=False).to_dict()))
-    again = train(run)
+    result = CliRunner().invoke(app, ["train", str(part / "train.yaml"), "--resume"])
+    assert result.exit_code == 0, result.output
     expected = stored(out / "model")
-    assert all(torch.equal(value, expected[name][1]) for name, (_, value) in stored(again.checkpoint).items())
+    assert all(torch.equal(value, expected[name][1]) for name, (_, value) in stored(part / "model").items())
     with pytest.raises(FileExistsError, match="the run in .* is done, see .*model; name another out"):
         train(run)
 
