@@ -223,7 +223,7 @@ def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
     result = train(TrainSpec.from_dict({**keys, "recipe": "new-rows", "new_tokens": ["<tool>"], "warmup": 0}))
     assert not (tmp_path / "more" / "base").exists()
     card = (result.checkpoint / "README.md").read_text()
-    assert "### Training 1" in card and "### Training 2" in card and "rows of 1 tokens" in card
+    assert "### Training 1" in card and "### Training 2" in card and "only the embeddings' rows of 1 token;" in card
     with pytest.raises(ValueError, match="new_tokens must be in the model's tokenizer, got '<none>'"):
         train(TrainSpec.from_dict({**keys, "out": str(tmp_path / "none"), "new_tokens": ["<none>"]}))
     assert not (tmp_path / "none").exists()
@@ -236,6 +236,7 @@ def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
         (dict(text="absent.txt"), "No such file"),
         (dict(field="body", text="rows.jsonl"), "must have text in the field 'body', got fields text"),
         (dict(rope={"rope_type": "yarn"}), "factor"),
+        (dict(learning_rate=1e30, warmup=0, save_every=9), "the loss must stay finite, got nan at step 3; lower"),
         (dict(model="nowhere/else/at/all"), "neither a folder nor the id of a model"),
     ],
 )

@@ -14,7 +14,8 @@ import typer
 from longattn.cli.plan_flags import errors_in_one_line
 
 if TYPE_CHECKING:
-    from longattn.train.run import Progress, TrainResult
+    from longattn.train.run import TrainResult
+    from longattn.train.watch import Progress
 
 __all__ = ["train"]
 

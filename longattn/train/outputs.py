@@ -145,7 +145,7 @@ def _what(spec: TrainSpec, stored: Any) -> str:
     whole = ["the embeddings"] * spec.train_embeddings + ["the norms"] * spec.train_norms
     learnt = {
         "full": "all weights",
-        "new-rows": f"only the embeddings' rows of {len(spec.tokens)} tokens",
+        "new-rows": f"only the embeddings' rows of {len(spec.tokens)} token{'s' * (len(spec.tokens) > 1)}",
         "longlora": ", ".join([f"adapters of rank {spec.rank} on the attention's projections", *whole]),
     }[spec.recipe]
     kept = {"keep": "; it lies here, beside the checkpoint", "merge": "; it is folded into the weights"}[spec.adapter]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +22,6 @@ from transformers import (
     AutoTokenizer,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -37,14 +35,12 @@ from longattn.train.packing import PackedDataset, packed_dataset
 from longattn.train.recipes import longlora, new_rows
 from longattn.train.spec import TrainSpec
 from longattn.train.speed import TokensPerSecond
+from longattn.train.watch import Progress, StayFinite, Tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Progress", "TrainResult", "train"]
-
-# What is being done, steps done, steps in all, and the newest entry of the log.
-Progress = Callable[[str, int, int, dict[str, Any]], None]
+__all__ = ["TrainResult", "train"]
 
 SPEC, BASE, CHECKPOINTS, LOG, PLOT = "train.yaml", "base", "checkpoints", "log.json", "loss.png"
 STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
@@ -150,7 +146,7 @@ class _Run:
             _arguments(spec, out),
             train_dataset=rows,
             eval_dataset=held_out,
-            callbacks=[TokensPerSecond(), log_file, _Tell(tell)],
+            callbacks=[TokensPerSecond(), StayFinite(), log_file, Tell(tell)],
         )
         trainer.remove_callback(PrinterCallback)
         return cls(spec, out, source, trainer, tokenizer, stored, log_file, rows)
@@ -184,7 +180,7 @@ class _Run:
 def _source(spec: TrainSpec, out: Path, tell: Progress) -> Path:
     """The folder of the checkpoint to train; a plan makes one first, which a run that goes on finds."""
     if spec.plan is None:
-        return source_folder(spec.model)
+        return source_folder(spec.model).absolute()  # an adapter that is kept names it
     base = out / BASE
     if not base.is_dir():
         tell("extending the checkpoint", 0, spec.steps, {})
@@ -255,6 +251,7 @@ def _arguments(spec: TrainSpec, out: Path) -> TrainingArguments:
         eval_strategy="no" if spec.eval_every is None else "steps",
         eval_steps=spec.eval_every,
         label_names=["labels"],
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
@@ -277,18 +274,3 @@ def _readable(state: Path) -> bool:
     except ValueError:  # half of it
         return False
     return True
-
-
-class _Tell(TrainerCallback):
-    """Passes on how far training is."""
-
-    def __init__(self, tell: Progress) -> None:
-        self.tell = tell
-        self.entry: dict[str, Any] = {}
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.entry = {**self.entry, **state.log_history[-1]}
-        self.tell("training", state.global_step, state.max_steps, self.entry)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.tell("training", state.global_step, state.max_steps, self.entry)
