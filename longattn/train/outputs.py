@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
 from longattn.checkpoint_source import files_beside_weights
@@ -78,6 +79,7 @@ def loss_plot(history: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=5)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss, nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e4e8ed")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
