@@ -72,12 +72,18 @@ def test_separate_rows_train_as_their_documents_do():
     torch.testing.assert_close(packed, sum(model(ids, labels=ids, num_items_in_batch=12).loss for ids in alone))
 
 
+def test_many_documents_keep_their_order(tokenizer):
+    texts = [f"w{number % 50}" for number in range(200)]
+    rows = packed_dataset(iter(["", *texts]), tokenizer, 400)
+    assert rows[0]["input_ids"].tolist() == [token for number in range(200) for token in (number % 50 + 3, END)]
+
+
 def test_tokens_that_a_tokenizer_puts_around_a_text_stay(tokenizer):
     class Marked:
         eos_token_id = END
 
-        def __call__(self, text, verbose):
-            return {"input_ids": [1, *tokenizer(text)["input_ids"], END]}
+        def __call__(self, texts, verbose):
+            return {"input_ids": [[1, *tokenizer(text)["input_ids"], END] for text in texts]}
 
     rows = packed_dataset(["w0", "w1"], Marked(), 6)
     assert rows[0]["input_ids"].tolist() == [1, 3, END, 1, 4, END]

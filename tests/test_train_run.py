@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from longattn.hf.attention import calls_seen
 from longattn.pattern import parse_pattern
 from longattn.plan import Plan
 from longattn.surgery import restore
-from longattn.train import TrainSpec, train
+from longattn.train import TrainSpec, outputs, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
 
@@ -100,6 +101,24 @@ def test_log_is_documented_key_by_key(done):
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     documented = {key for cell in cells for key in re.findall(r"`(.+?)`", cell)}
     assert documented == (log.keys() - {"versions"}) | versions | entries
+
+
+def test_log_is_not_written_at_each_of_many_steps(monkeypatch, tmp_path, home):
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+    clock, written = Clock(), []
+    monkeypatch.setattr(outputs, "time", clock)
+    log = outputs.LogFile(tmp_path / "log.json", spec(home, tmp_path / "out"))
+    monkeypatch.setattr(log, "write", lambda history: written.append(len(history)))
+    for step in range(1, 41):
+        clock.now += 1.0
+        log.on_log(None, SimpleNamespace(log_history=[{"step": step}] * step), None)
+    log.on_save(None, SimpleNamespace(log_history=[{}] * 40), None)
+    assert written == [1, 11, 21, 31, 40]
 
 
 def test_trained_checkpoint_is_a_longattn_checkpoint(done, home):

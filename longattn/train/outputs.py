@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ KEPT = {
     "num_input_tokens_seen": "tokens",
     "tokens_per_second": "tokens_per_second",
 }
+SECONDS_BETWEEN = 10.0
 PLACES = ("model", "text", "eval_text", "out", "resume")  # what a card leaves out: where things lay
 ADAPTER_LOADING = """import longattn  # registers the attention that the model's config names
 from peft import AutoPeftModelForCausalLM
@@ -48,12 +50,21 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")  # this folder; the model 
 
 
 class LogFile(TrainerCallback):
-    """Writes the whole log anew at each entry, so that a run that is stopped leaves it."""
+    """Writes the whole log anew with each checkpoint, and at entries that are some seconds apart: it grows by the step.
+
+    So a run that is stopped leaves its log.
+    """
 
     def __init__(self, path: Path, spec: TrainSpec) -> None:
         self.path, self.spec = path, spec
+        self._written = -SECONDS_BETWEEN
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self.write(state.log_history)
+            self._written = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
 
     def write(self, history: Sequence[dict[str, Any]], complete: bool = False) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedDataset", "packed_dataset"]
 
+DOCUMENTS_AT_ONCE = 64  # which the tokenizer's threads share
 IGNORED = -100  # a label that transformers' losses leave out
 
 
@@ -98,16 +100,17 @@ def packed_dataset(
     if end is None:
         raise ValueError("packed_dataset: the tokenizer must have an eos_token, which goes between documents, got none")
     ids, starts = array("i"), array("q")
-    for text in read_texts(texts, field=field) if isinstance(texts, (str, os.PathLike)) else texts:
-        if not isinstance(text, str):
-            raise TypeError(f"packed_dataset: documents must be texts, got {type(text).__name__}")
-        if not text:
-            continue
-        starts.append(len(ids))
-        found = tokenizer(text, verbose=False)["input_ids"]
-        ids.extend(found)
-        if found[-1:] != [end]:
-            ids.append(end)
+    documents = iter(read_texts(texts, field=field) if isinstance(texts, (str, os.PathLike)) else texts)
+    while some := list(islice(documents, DOCUMENTS_AT_ONCE)):
+        for text in some:
+            if not isinstance(text, str):
+                raise TypeError(f"packed_dataset: documents must be texts, got {type(text).__name__}")
+        filled = [text for text in some if text]
+        for found in tokenizer(filled, verbose=False)["input_ids"] if filled else []:
+            starts.append(len(ids))
+            ids.extend(found)
+            if found[-1:] != [end]:
+                ids.append(end)
     if len(ids) < length:
         raise ValueError(
             f"packed_dataset: the text must fill at least one row of length {length}, got {len(ids)} tokens of "
