@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from checkpoints import digests, stored
+from checkpoints import digests, edit_json, stored
 from hf_models import build, build_tokenizer, tokens
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -269,6 +269,19 @@ def test_a_run_that_fails_leaves_nothing(home, tmp_path, monkeypatch, change, me
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("longattn train: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_cannot_be_trained_are_refused_without_a_plan_too(home, tmp_path):
+    quantised, empty = tmp_path / "quantised", tmp_path / "empty"
+    shutil.copytree(home / "src", quantised)
+    edit_json(quantised / "config.json", quantization_config={"quant_method": "awq"})
+    shutil.copytree(home / "src", empty)
+    (empty / "model.safetensors").rename(empty / "pytorch_model.bin")
+    keys = dict(text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1)
+    for model, message in {quantised: r"is quantised \(awq\)", empty: "safetensors"}.items():
+        with pytest.raises(ValueError, match=message):
+            train(TrainSpec.from_dict({**keys, "model": str(model)}))
+        assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_other_things_and_other_runs_are_refused(done, home, tmp_path):

@@ -13,6 +13,7 @@ from training_helpers import NEW, SERVING, TRAINING, each_layer, extended, patte
 from trl import SFTConfig, SFTTrainer
 
 from longattn.hf.attention import calls_seen
+from longattn.train import longlora_config, merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -112,3 +113,17 @@ def test_sft_trains_adapters_and_new_rows(tmp_path):
     after = run.model.merge_and_unload().get_input_embeddings().weight
     assert torch.equal(after[:VOCAB], before[:VOCAB])
     assert not torch.equal(after[VOCAB:], before[VOCAB:])
+
+
+def test_sft_takes_the_longlora_recipe(tmp_path):
+    base, *_ = extended(initializer_range=0.1)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    run = trainer(tmp_path, longlora_config(base, rank=4), packing=True)
+    with calls_seen() as calls:
+        run.train()
+    model = run.model.get_base_model()
+    assert set(patterns_called(calls)) == {*each_layer(model, TRAINING), *each_layer(model, SERVING)}
+    assert losses(run)[-1] < losses(run)[0]
+    after = merge(run.model).state_dict()
+    changed = {name for name, old in before.items() if not torch.equal(after[name], old)}
+    assert changed == {name for name in before if "self_attn" in name or "norm" in name or "embed_tokens" in name}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
@@ -28,8 +27,9 @@ from transformers import (
 )
 
 from longattn.checkpoint import extend_checkpoint
-from longattn.checkpoint_source import read_json, source_folder
+from longattn.checkpoint_source import read_config, read_json, source_folder
 from longattn.plan_yaml import dump_yaml
+from longattn.shards import Shards
 from longattn.train.outputs import LogFile, loss_plot, save_adapter, save_merged
 from longattn.train.packing import PackedDataset, packed_dataset
 from longattn.train.recipes import longlora, new_rows
@@ -132,7 +132,7 @@ class _Run:
     @classmethod
     def prepared(cls, spec: TrainSpec, out: Path, tell: Progress) -> _Run:
         source = _source(spec, out, tell)
-        stored = AutoConfig.from_pretrained(source)
+        stored = read_config(source)
         _check_length(spec, stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
         tell("reading the text", 0, spec.steps, {})
@@ -180,7 +180,9 @@ class _Run:
 def _source(spec: TrainSpec, out: Path, tell: Progress) -> Path:
     """The folder of the checkpoint to train; a plan makes one first, which a run that goes on finds."""
     if spec.plan is None:
-        return source_folder(spec.model).absolute()  # an adapter that is kept names it
+        source = source_folder(spec.model).absolute()  # an adapter that is kept names it
+        Shards.open(source)  # says what is wrong with them in few words
+        return source
     base = out / BASE
     if not base.is_dir():
         tell("extending the checkpoint", 0, spec.steps, {})
