@@ -15,6 +15,7 @@ import yaml
 from checkpoints import digests, edit_json, stored
 from hf_models import build, build_tokenizer, tokens
 from peft import AutoPeftModelForCausalLM
+from stock_process import assert_same_model, run_without_longattn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -143,6 +144,13 @@ def test_trained_checkpoint_is_a_longattn_checkpoint(done, home):
     restore(model)
     extend_checkpoint(out / "model", home / "again", Plan(rope={"factor": 2.0}))
     assert "### Plan 2" in (home / "again" / "README.md").read_text()
+
+
+def test_trained_checkpoint_exports_to_stock_with_equal_logits(done, tmp_path):
+    out, _ = done
+    extend_checkpoint(out / "model", tmp_path / "stock", None, export="stock")
+    run_without_longattn([tmp_path / "stock"], tmp_path)
+    assert_same_model(out / "model", tmp_path / "stock")
 
 
 def test_card_says_what_was_done(done):
