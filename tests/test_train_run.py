@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from checkpoints import digests, edit_json, stored
+from checkpoints import digests, edit_json, read_json, stored
 from hf_models import build, build_tokenizer, tokens
 from peft import AutoPeftModelForCausalLM
 from stock_process import assert_same_model, run_without_longattn
@@ -232,6 +232,16 @@ def test_adapter_is_kept_beside_its_checkpoint(home, tmp_path):
     assert AutoTokenizer.from_pretrained(kept).convert_tokens_to_ids("<tool>") == 64
     card = (kept / "README.md").read_text()
     assert "it lies here, beside the checkpoint" in card and "AutoPeftModelForCausalLM.from_pretrained" in card
+
+
+def test_adapter_of_a_model_on_the_hub_names_it(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("longattn.train.run.source_folder", lambda src: home / "src")  # what the Hub would have given
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    keys = dict(model="us/ours", text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1, adapter="keep")
+    folder = train(TrainSpec.from_dict(keys)).checkpoint
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "us/ours"
+    card = (folder / "README.md").read_text()
+    assert "base_model: us/ours" in card and "[us/ours](https://huggingface.co/us/ours)" in card
 
 
 def test_bfloat16_and_checkpointing_train_the_same_weights_in_float32(home, tmp_path):

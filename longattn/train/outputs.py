@@ -134,6 +134,11 @@ def save_adapter(
 ) -> Path:
     """Write the adapter by itself, with the tokenizer; it names the checkpoint that it was trained on."""
     folder = out / "adapter"
+    if (
+        spec.plan is None and not Path(spec.model).expanduser().is_dir()
+    ):  # not where the Hub's files lie on this machine
+        for config in model.peft_config.values():  # type: ignore[union-attr, operator]
+            config.base_model_name_or_path = spec.model
     with whole_or_absent(folder) as part:
         model.save_pretrained(part)  # type: ignore[operator]
         tokenizer.save_pretrained(part)
