@@ -236,7 +236,6 @@ def test_adapter_is_kept_beside_its_checkpoint(home, tmp_path):
 
 def test_adapter_of_a_model_on_the_hub_names_it(home, tmp_path, monkeypatch):
     monkeypatch.setattr("longattn.train.run.source_folder", lambda src: home / "src")  # what the Hub would have given
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     keys = dict(model="us/ours", text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1, adapter="keep")
     folder = train(TrainSpec.from_dict(keys)).checkpoint
     assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "us/ours"

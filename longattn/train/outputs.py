@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
-from longattn.checkpoint_source import files_beside_weights
+from longattn.checkpoint_source import files_beside_weights, read_json
 from longattn.hf.record import layer_patterns
 from longattn.info import build_info
 from longattn.model_card import CARD, write_training_card
@@ -40,6 +40,7 @@ KEPT = {
     "num_input_tokens_seen": "tokens",
     "tokens_per_second": "tokens_per_second",
 }
+ADAPTER_CONFIG = "adapter_config.json"
 SECONDS_BETWEEN = 10.0
 PLACES = ("model", "text", "eval_text", "out", "resume")  # what a card leaves out: where things lay
 ADAPTER_LOADING = """import longattn  # registers the attention that the model's config names
@@ -134,13 +135,12 @@ def save_adapter(
 ) -> Path:
     """Write the adapter by itself, with the tokenizer; it names the checkpoint that it was trained on."""
     folder = out / "adapter"
-    if (
-        spec.plan is None and not Path(spec.model).expanduser().is_dir()
-    ):  # not where the Hub's files lie on this machine
-        for config in model.peft_config.values():  # type: ignore[union-attr, operator]
-            config.base_model_name_or_path = spec.model
     with whole_or_absent(folder) as part:
         model.save_pretrained(part)  # type: ignore[operator]
+        if spec.plan is None and not Path(spec.model).expanduser().is_dir():
+            # by its id, not by where its files lie here; once it is saved, as PEFT would ask the Hub about that id
+            config = {**read_json(part / ADAPTER_CONFIG), "base_model_name_or_path": spec.model}
+            (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(part)
         (part / CARD).unlink(missing_ok=True)  # PEFT's
         if (source / CARD).is_file():
