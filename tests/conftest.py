@@ -12,6 +12,10 @@ import longattn
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Threads of workers that outnumber the cores wait for each other: four times the time on two cores.
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+        torch.set_num_threads(1)
     info, required = longattn.build_info(), os.environ.get("LONGATTN_REQUIRE_C", "0")
     if required not in ("0", "1", "cuda"):
         raise pytest.UsageError(f"LONGATTN_REQUIRE_C must be 0, 1 or cuda, got {required!r}")
