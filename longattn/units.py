@@ -1,8 +1,10 @@
-"""Numbers as people read them: bytes, operations and seconds, in the largest unit that fits."""
+"""Numbers as people read them: bytes, operations and seconds in the largest unit that fits, perplexities."""
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_flops", "format_seconds"]
+import math
+
+__all__ = ["format_bytes", "format_flops", "format_perplexity", "format_seconds"]
 
 
 def format_bytes(number: float) -> str:
@@ -41,3 +43,15 @@ def format_seconds(number: float) -> str:
         '0.37 ms'
     """
     return f"{number * 1e3:.3g} ms" if number < 1 else f"{number:,.3g} s"
+
+
+def format_perplexity(number: float) -> str:
+    """Write a perplexity with as many digits as are worth reading.
+
+    Example:
+        >>> format_perplexity(123.456)
+        '123.5'
+    """
+    if not math.isfinite(number):
+        return "not a number" if math.isnan(number) else "infinite"
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.2f}"

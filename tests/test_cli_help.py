@@ -12,7 +12,7 @@ from longattn.cli import app
 from longattn.cli.commands import COMMANDS, _load
 from longattn.cli.plan_flags import errors_in_one_line
 
-WITH_EXAMPLES = ("extend", "train", "inspect", "plot")
+WITH_EXAMPLES = ("extend", "train", "inspect", "eval", "plot")
 
 
 def shown(name):

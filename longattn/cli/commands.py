@@ -15,6 +15,7 @@ COMMANDS = {
     "extend": "Change a checkpoint - context, attention, tokens - and write the new one.",
     "train": "Extend a checkpoint and train it, by one YAML file.",
     "inspect": "Show a checkpoint's structure, layer by layer, and what it costs at a given length.",
+    "eval": "Measure what a model makes of long text: perplexity, and finding things.",
     "demo": "Do the main job on a small real model, with nothing to fetch.",
     "plot": "Draw rotary wavelengths or attention patterns as PNG.",
     "bench": "Measure longattn beside its peers on this machine.",

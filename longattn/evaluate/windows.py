@@ -190,7 +190,7 @@ def _tokens_from(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> l
 
 def _first_end(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> int | None:
     """About the first character that has `longest` tokens before it; None in a text that has fewer."""
-    if len(text) < longest and len(encode(tokenizer, text)) < longest:
+    if len(text.encode()) < longest:  # no tokenizer makes more tokens than there are bytes
         return None
     chars = int(longest * _chars_per_token(tokenizer, text) * 1.05) + 16
     while chars < len(text):

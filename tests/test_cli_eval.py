@@ -1,0 +1,190 @@
+"""`longattn eval`: numbers are those of the functions, a stopped run goes on, what can't be measured is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from longattn.checkpoint import extend_checkpoint
+from longattn.cli import app
+from longattn.cli.eval import parse_lengths
+from longattn.demo import MODEL_FOLDER
+from longattn.demo.text import read_documents
+from longattn.evaluate import TASKS, evaluate_retrieval, score_last, windows_at
+from longattn.evaluate.page import page_of
+from longattn.evaluate.results import Settings, read_evaluation
+from longattn.evaluate.run import evaluate, work_of
+from longattn.plan import Plan
+from longattn.text import Document, load_documents
+
+SMALL = ("--last", "32", "--windows", "3", "--sliding-windows", "2", "--stride", "64", "--trials", "1")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], prog_name="longattn")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`original`, `longer` with windows and a token that is scored, `books` of three texts that were not trained on."""
+    top = tmp_path_factory.mktemp("eval")
+    texts = [doc.text[:3000] for doc in read_documents(scored=True, min_chars=3000)[:3]]
+    (top / "books").mkdir()
+    for number, text in enumerate(texts):
+        (top / "books" / f"{number}.txt").write_text(text, encoding="utf-8")
+    word = next(found[0] for text in texts if (found := re.findall(r"(?<=\W)[a-z]{2,}(?=\W)", text[-30:])))
+    shutil.copytree(MODEL_FOLDER, top / "original")
+    tokens = {"tokens": [word], "special": False}
+    plan = Plan(rope={"rope_type": "yarn", "factor": 4.0}, attention="window:64+sinks:4", tokens=tokens)
+    extend_checkpoint(top / "original", top / "longer", plan)
+    return top
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """One run before and after with everything, in text, JSON and HTML."""
+    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--retrieval", "passkey"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run(*arguments, *SMALL, "--depths", "0.5,1", "--json", "scores.json", "--report", "report.html")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_lengths_are_read_as_people_write_them():
+    assert parse_lengths("4k, 512,1M,4096") == [512, 4096, 1 << 20]
+    for text in ("4x", "", "0", "1.5k", "-3", "4k,,8k"):
+        with pytest.raises(ValueError, match="--lengths must be like 4k,8k or 512,1024, got"):
+            parse_lengths(text)
+
+
+def test_numbers_are_those_of_the_functions(folder, done):
+    evaluation = read_evaluation(folder / "scores.json")
+    before, after = evaluation.models
+    assert evaluation.complete and (before.role, after.role) == ("before", "after")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (folder / "books").iterdir()}
+    for scores in (before, after):
+        name = folder / scores.name
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        ends = [(Document(name, text), len(text)) for name, text in texts.items()]
+        for score in scores.last:
+            chars = evaluation.models[0].last[0].num_bytes // 3
+            windows = list(windows_at(ends, tokenizer, longest=512, target_chars=chars))
+            assert score == score_last(model, windows, score.context)
+        cells = evaluate_retrieval(model, tokenizer, [TASKS["passkey"]], [512], depths=[0.5, 1.0], trials=1)
+        assert [cell for cell in scores.cells if cell.length == 512] == cells
+    # both were scored on the same text
+    assert before.score(256).num_bytes == after.score(256).num_bytes
+    assert before.score(256).tokens > after.score(256).tokens
+    assert after.plans[0]["attention"] == "window:64+sinks:4" and before.plans == []
+
+
+def test_tables_show_what_json_holds(folder, done):
+    evaluation = read_evaluation(folder / "scores.json")
+    for model in evaluation.models:
+        for value in [*(s.perplexity for s in model.last), *(s.longlora for s in model.sliding)]:
+            assert f" {value:.2f} " in done.stdout or f" {value:.1f} " in done.stdout
+    assert "passkey, after: answered exactly of 1" in done.stdout
+    assert done.stdout.splitlines()[-2:] == ["wrote scores.json", "wrote report.html"]
+    assert (folder / "report.html").read_text(encoding="utf-8") == page_of(evaluation)
+
+
+def test_stopped_run_goes_on_where_it_was(folder, done, monkeypatch):
+    """What is in the file is not measured again, and nothing else is lost."""
+    monkeypatch.chdir(folder)
+    whole = json.loads((folder / "scores.json").read_text())
+    part = json.loads((folder / "scores.json").read_text())
+    part["complete"] = False
+    part["models"][1]["last"][0]["nats"] = 12.0  # would be measured otherwise
+    part["models"][1]["last"] = part["models"][1]["last"][:1]
+    part["models"][1]["sliding"], part["models"][1]["cells"] = [], []
+    (folder / "part.json").write_text(json.dumps(part))
+    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--retrieval", "passkey"]
+    result = run(*arguments, *SMALL, "--depths", "0.5,1", "--json", "part.json")
+    assert result.exit_code == 0, result.output
+    again = json.loads((folder / "part.json").read_text())
+    assert again["complete"] and again["models"][0] == whole["models"][0]
+    assert again["models"][1]["last"][0]["nats"] == 12.0
+    assert again["models"][1]["last"][1:] == whole["models"][1]["last"][1:]
+    for name in ("sliding", "cells"):
+        assert again["models"][1][name] == whole["models"][1][name]
+
+
+def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--json", "scores.json"]
+    for more, message in (
+        (["--last", "16"], "whose last differs: expected 32, got 16"),
+        (["--seed", "3"], "whose seed differs: expected 0, got 3"),
+        (["--windows", "2"], "whose text, windows or the longest length differs"),
+    ):
+        result = run(*arguments, *SMALL, *more)
+        assert result.exit_code == 2 and message in result.stderr, result.output
+    shutil.copytree("longer", "trained")
+    model = AutoModelForCausalLM.from_pretrained("trained")
+    model.lm_head.weight.data[5] += 1.0
+    model.save_pretrained("trained")
+    shutil.move("longer", "kept")
+    shutil.move("trained", "longer")
+    try:
+        result = run(*arguments, *SMALL)
+    finally:
+        shutil.move("longer", "trained")
+        shutil.move("kept", "longer")
+    assert result.exit_code == 2 and "was measured on other weights of longer" in result.stderr, result.output
+    (folder / "other.json").write_text("{}")
+    result = run(*arguments[:-1], "other.json", *SMALL)
+    assert result.exit_code == 2 and "must be new, or written by longattn eval" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--lengths", "256,4k"], "--text must hold one text of at least 4,096 tokens, the longest of --lengths, got"),
+        (["--lengths", "16"], r"lengths must be above the last 32 tokens, which are scored, got 16; .*\(--last\)"),
+        (["--retrieval", "needle"], "retrieval must be of passkey, multikey, got 'needle'"),
+        (["--text", "nowhere"], "--text must be a file or a folder, got 'nowhere', which is not there"),
+        (["--depths", "0,2"], "--depths must be 0 to 1, got '0,2'"),
+        (["--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+        (["--device", "tpu"], "--device must be cpu or cuda and be here, got 'tpu'"),
+        (["--report", "no/where.html"], "--report must be a file in a folder that is there, got 'no/where.html'"),
+        (["--trials", "0"], "trials must be at least 1, got 0"),
+        (["--lengths", "100", "--retrieval", "multikey"], "multikey: length must be at least .* tokens .*, got 100"),
+    ],
+)
+def test_refusals_say_what_was_expected(folder, monkeypatch, changed, message):
+    monkeypatch.chdir(folder)
+    result = run("original", "--text", "books", "--lengths", "256", *SMALL, *changed)
+    assert result.exit_code == 2
+    assert re.search(f"^longattn eval: .*{message}", result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
+
+
+def test_short_texts_can_be_joined(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["original", "--text", "books", "--lengths", "4k", *SMALL, "--sliding-windows", "0"]
+    assert "--join makes one text of all" in run(*arguments).stderr
+    result = run(*arguments, "--join", "--windows", "1")
+    assert result.exit_code == 0, result.output
+
+
+def test_function_reports_all_its_work(folder):
+    settings = Settings([128], last=32, windows=2, sliding_windows=1, depths=[0.5], trials=1)
+    work = []
+    evaluation = evaluate(
+        [("model", str(folder / "original"))],
+        list(load_documents(folder / "books")),
+        settings,
+        text_name="books",
+        progress=lambda doing, tokens: work.append(tokens),
+    )
+    assert sum(work) == work_of(settings, 1)
+    assert evaluation.models[0].score(128).windows == 2 and evaluation.models[0].score(64) is None
