@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/clones.h"
+#include "cpu/isa.h"
 #include "cpu/rope.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// Which attention kernels this processor gets. LONGATTN_CPU_ISA caps the instruction set: README, "Install".
+// Which kernels this processor gets. LONGATTN_CPU_ISA caps the instruction set: README, "Install".
 #include "attention.h"
 
 #include <cstdlib>
@@ -91,6 +91,14 @@ const AttentionKernels* attention_kernels(Element element) {
   if (isa() >= kAvx2) return avx2_kernels(element);
 #endif
   static_cast<void>(element);
+  return nullptr;
+}
+
+const RopeKernels* rope_kernels() {
+#ifdef LONGATTN_X86_KERNELS
+  if (isa() >= kAvx512) return avx512_rope_kernels();
+  if (isa() >= kAvx2) return avx2_rope_kernels();
+#endif
   return nullptr;
 }
 

@@ -11,6 +11,7 @@
 #include "attention_isas.h"
 #include "elements.h"
 #include "isa.h"
+#include "rope.h"
 #include "scratch.h"
 #include "strips.h"
 #include "tasks.h"
@@ -21,6 +22,7 @@
 #include "backward.h"
 #include "fma.h"
 #include "forward.h"
+#include "rope_rows.h"
 #include "vec_avx2.h"
 
 namespace longattn::cpu {
@@ -33,6 +35,8 @@ const AttentionKernels* avx2_kernels(Element element) {
   };
   return &kernels[static_cast<int>(element)];
 }
+
+const RopeKernels* avx2_rope_kernels() { return rope_kernels_of<Avx2>(); }
 
 }  // namespace longattn::cpu
 #endif

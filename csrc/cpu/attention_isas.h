@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "rope.h"
 
 namespace longattn::cpu {
 
@@ -9,5 +10,7 @@ const AttentionKernels* avx2_kernels(Element element);
 const AttentionKernels* avx512_kernels(Element element);
 const AttentionKernels* avx512_bf16_kernels();  // of bfloat16 alone
 const AttentionKernels* amx_kernels();          // likewise
+const RopeKernels* avx2_rope_kernels();
+const RopeKernels* avx512_rope_kernels();
 
 }  // namespace longattn::cpu

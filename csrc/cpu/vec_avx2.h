@@ -35,6 +35,25 @@ struct Avx2 {
     store(to, x);
   }
 
+  // Around the caches; `to` is aligned to what is written.
+  static void stream(float* to, Vec a, Vec b) {
+    _mm256_stream_ps(to, a);
+    _mm256_stream_ps(to + kLanes, b);
+  }
+  static void stream(BFloat16* to, Vec a, Vec b) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_set_m128i(narrow(b), narrow(a)));
+  }
+  static void end_stream() { _mm_sfence(); }
+
+  // Lanes even, odd, even, ...
+  static Vec alternate(float even, float odd) { return _mm256_blend_ps(set1(even), set1(odd), 0xaa); }
+  // Four numbers, each in two neighbouring lanes.
+  static Vec twice(const float* x) {
+    const __m256i order = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), order);
+  }
+  static Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xb1); }
+
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -86,6 +105,18 @@ struct Avx2 {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     const Vec power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
     return _mm256_andnot_ps(_mm256_cmp_ps(x, lowest, _CMP_LT_OQ), power);
+  }
+
+  // Lane i is the sum of the lanes of r[i].
+  static Vec sums(const Vec (&r)[8]) {
+    Vec u[4], v[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      u[i] = add(_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      v[i] = add(_mm256_shuffle_ps(u[2 * i], u[2 * i + 1], 0x44), _mm256_shuffle_ps(u[2 * i], u[2 * i + 1], 0xee));
+    return add(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31));
   }
 
   // Transpose 8 x 8.

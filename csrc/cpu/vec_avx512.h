@@ -30,6 +30,26 @@ struct Avx512 {
   static void store_eight(BFloat16* to, Vec x) { store_low(to, narrow(x)); }
   static void store_eight(Float16* to, Vec x) { store_low(to, half(x)); }
 
+  // Around the caches, whole lines; `to` begins one.
+  static void stream(float* to, Vec a, Vec b) {
+    _mm512_stream_ps(to, a);
+    _mm512_stream_ps(to + kLanes, b);
+  }
+  static void stream(BFloat16* to, Vec a, Vec b) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
+  }
+  static void end_stream() { _mm_sfence(); }
+
+  // Lanes even, odd, even, ...
+  static Vec alternate(float even, float odd) { return _mm512_mask_mov_ps(set1(even), 0xaaaa, set1(odd)); }
+  // Eight numbers, each in two neighbouring lanes.
+  static Vec twice(const float* x) {
+    const __m512i order = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(order, _mm512_castps256_ps512(_mm256_loadu_ps(x)));
+  }
+  static Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xb1); }
+
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -68,6 +88,19 @@ struct Avx512 {
     p = fma(p, f, set1(0.6931530833244324f));
     p = fma(p, f, set1(0.9999999403953552f));
     return _mm512_scalef_ps(p, x);
+  }
+
+  // Lane i is the sum of the lanes of r[i].
+  static Vec sums(const Vec (&r)[16]) {
+    Vec u[8], v[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      u[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = add(low_pairs(u[2 * i], u[2 * i + 1]), high_pairs(u[2 * i], u[2 * i + 1]));
+    const Vec a = add(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+    const Vec b = add(_mm512_shuffle_f32x4(v[2], v[3], 0x88), _mm512_shuffle_f32x4(v[2], v[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
 
   // Transpose 16 x 16.
