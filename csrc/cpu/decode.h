@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "isa.h"
 #include "rows.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -24,8 +25,9 @@ struct Decode {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kMostRows = 16;  // queries times the heads that share a KV head
   static constexpr int kChunk = 1024;   // keys of a task
-  static constexpr int kAhead = 32;     // keys that are fetched before they are needed
-  static constexpr int kPiece = 256;    // keys whose logits are formed before their values are read
+  static constexpr int kAhead = 16;     // keys that are fetched before they are needed
+  static constexpr int kPiece = 512;    // keys whose logits are formed before their values are read
+  static constexpr int kBlock = 32;     // keys whose values the first-level cache holds for all rows
 
   const AttentionParams& p;
   LogitScale scale;
@@ -101,11 +103,17 @@ struct Decode {
   void visit(int batch, int kv_head, Range VisibleKeys::*which, Range keys, RowState* state, float* sum,
              Memory& m) const {
     const int count = keys.end - keys.begin;
-    const T* key = row_of<T>(p.key, batch, kv_head, keys.begin);
+    const T *key = row_of<T>(p.key, batch, kv_head, keys.begin),
+            *value = row_of<T>(p.value, batch, kv_head, keys.begin);
     for (int j = 0; j < count; j += kLanes) {
       fetch(key + (j + kAhead) * p.key.token, p.key.token);
-      dot_rows(key + j * p.key.token, smaller(kLanes, count - j), m.query, m.logits + j);
+      for_rows([&]<int kTogether>(int r) {
+        for (int k = j; k < smaller(count, j + kLanes); k += kLanes / kTogether)
+          dot_rows<kTogether>(key + k * p.key.token, smaller(kLanes / kTogether, count - k), m.query + r * cols,
+                              m.logits + r * kPiece + k);
+      });
     }
+    fetch(value, p.value.token);
     Range seen[kMostRows];
     for (int r = 0; r < rows; ++r) {
       const Range& all = m.visible[r].*which;
@@ -119,77 +127,96 @@ struct Decode {
       for (int d = 0; d < cols; d += kLanes)
         V::store(sum + r * cols + d, V::mul(V::set1(shrink[r]), V::load(sum + r * cols + d)));
     }
-    const T* value = row_of<T>(p.value, batch, kv_head, keys.begin);
+    for (int j = 0; j < count; j += kBlock)
+      for_rows([&]<int kTogether>(int r) {
+        add_rows<kTogether>(value + j * p.value.token, smaller(kBlock, count - j), sum + r * cols,
+                            m.logits + r * kPiece + j);
+      });
+  }
+
+  // Calls part.operator()<n>(r) for rows r .. r + n, all rows in parts of a few.
+  template <class Part>
+  void for_rows(Part part) const {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) add_rows<4>(value, count, sum + r * cols, m.logits + r * kPiece);
-    for (; r < rows; ++r) add_rows<1>(value, count, sum + r * cols, m.logits + r * kPiece);
+    for (; r + 4 <= rows; r += 4) part.template operator()<4>(r);
+    for (; r + 2 <= rows; r += 2) part.template operator()<2>(r);
+    if (r < rows) part.template operator()<1>(r);
   }
 
   // Asks for rows that are read soon; they may lie behind the tensor, where nothing happens.
   void fetch(const T* row, int64_t stride) const {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
     for (int j = 0; j < kLanes; ++j)
-      for (int d = 0; d < p.head_dim; d += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + j * stride + d);
+      for (int d = 0; d < p.head_dim; d += kLine) __builtin_prefetch(row + j * stride + d);
   }
 
-  // Dot products of all queries with kLanes keys at once; absent keys give 0.
+  // Dot products of kTogether queries with as many keys as make a vector of them; absent keys give 0.
+  template <int kTogether>
   void dot_rows(const T* key, int count, const float* query, float* logits) const {
-    for (int r = 0; r < rows; ++r) {
-      Vec sum[kLanes];
+    constexpr int kKeys = kLanes / kTogether, kVecs = 8;
+    Vec sum[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) sum[j] = V::zero();
-      int d = 0;
-      if (count == kLanes)
-        for (; d + kLanes <= p.head_dim; d += kLanes) {
-          const Vec q = V::load(query + r * cols + d);
-#pragma GCC unroll 16
-          for (int j = 0; j < kLanes; ++j) sum[j] = V::fma(q, V::load(key + j * p.key.token + d), sum[j]);
-        }
-      for (; d < p.head_dim; d += kLanes) {
-        const Vec q = V::load(query + r * cols + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j)
-          if (j < count) sum[j] = V::fma(q, M::load_part(key + j * p.key.token + d, p.head_dim - d), sum[j]);
-      }
-      V::transpose(sum);
+    for (int i = 0; i < kLanes; ++i) sum[i] = V::zero();
+    int d = 0;
+    for (; d + kVecs * kLanes <= p.head_dim; d += kVecs * kLanes)
+      add_products<kTogether, kVecs>(key + d, kLanes, count, query + d, sum);
+    for (; d < cols; d += kLanes) add_products<kTogether, 1>(key + d, p.head_dim - d, count, query + d, sum);
+    float all[kLanes];
+    V::store(all, V::sums(sum));
 #pragma GCC unroll 4
-      for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < kTogether; ++i) __builtin_memcpy(logits + i * kPiece, all + i * kKeys, kKeys * sizeof(float));
+  }
+
+  // sum[r, j] += query[r, d] key[j, d] for kTogether rows and kVecs vectors of channels, `channels` in the last. Loops
+  // that the processor can't foresee the end of would keep it from reading ahead.
+  template <int kTogether, int kVecs>
+  LONGATTN_FORCE_INLINE void add_products(const T* key, int channels, int count, const float* query,
+                                          Vec (&sum)[kLanes]) const {
+    constexpr int kKeys = kLanes / kTogether;
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) {
+      if (j >= count) break;
+      const T* row = key + j * p.key.token;
 #pragma GCC unroll 8
-        for (int j = 0; j < step; ++j) sum[j] = V::add(sum[j], sum[j + step]);
-      V::store(logits + r * kPiece, sum[0]);
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec x = v + 1 < kVecs ? V::load(row + v * kLanes) : M::load_part(row + v * kLanes, channels);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i)
+          sum[i * kKeys + j] = V::fma(V::load(query + i * cols + v * kLanes), x, sum[i * kKeys + j]);
+      }
     }
   }
 
   // sum[r, d] += weights[r, j] value[j, d] for kTogether rows.
   template <int kTogether>
   void add_rows(const T* value, int count, float* sum, const float* weights) const {
+    constexpr int kVecs = kTogether == 4 ? 4 : 8;
     int d = 0;
-    for (; d + 4 * kLanes <= cols; d += 4 * kLanes)
-      add_values<kTogether, 4>(value + d, p.head_dim - d, count, sum + d, weights);
+    for (; d + kVecs * kLanes <= p.head_dim; d += kVecs * kLanes)
+      add_values<kTogether, kVecs>(value + d, kLanes, count, sum + d, weights);
     for (; d < cols; d += kLanes) add_values<kTogether, 1>(value + d, p.head_dim - d, count, sum + d, weights);
   }
 
+  // `channels`: of the last vector.
   template <int kTogether, int kVecs>
   void add_values(const T* value, int channels, int count, float* sum, const float* weights) const {
     Vec total[kTogether][kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kTogether; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) total[i][v] = V::load(sum + i * cols + v * kLanes);
     for (int j = 0; j < count; ++j) {
-      Vec x[kVecs];
+      const T* row = value + j * p.value.token;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec x = v + 1 < kVecs ? V::load(row + v * kLanes) : M::load_part(row + v * kLanes, channels);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v)
-        x[v] = M::load_part(value + j * p.value.token + v * kLanes, channels - v * kLanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) {
-        const Vec weight = V::set1(weights[i * kPiece + j]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) total[i][v] = V::fma(weight, x[v], total[i][v]);
+        for (int i = 0; i < kTogether; ++i) total[i][v] = V::fma(V::set1(weights[i * kPiece + j]), x, total[i][v]);
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kTogether; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) V::store(sum + i * cols + v * kLanes, total[i][v]);
   }
 };
