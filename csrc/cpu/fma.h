@@ -7,10 +7,10 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace longattn::cpu {
 namespace {
-
-#define LONGATTN_FORCE_INLINE inline __attribute__((always_inline))
 
 template <class V_>
 struct Fma {
@@ -103,7 +103,7 @@ struct Fma {
     Vec sums[2 * kRows];
     const Vec a = V::set1(0.5f), b = V::set1(1.0f);
 #pragma GCC unroll 24
-    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds));
+    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds + i));  // or some are the same
     for (int64_t round = 0; round < rounds; ++round)
 #pragma GCC unroll 24
       for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::fma(sums[i], a, b);

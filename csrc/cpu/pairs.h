@@ -130,7 +130,7 @@ struct Dot : Pairs<12, 16> {
     const __m512bh a = _mm512_cvtne2ps_pbh(V::set1(0.5f), V::set1(0.25f)),
                    b = _mm512_cvtne2ps_pbh(V::zero(), V::zero());
 #pragma GCC unroll 24
-    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds));
+    for (int i = 0; i < 2 * kRows; ++i) sums[i] = V::set1(static_cast<float>(rounds + i));  // or some are the same
     for (int64_t round = 0; round < rounds; ++round)
 #pragma GCC unroll 24
       for (int i = 0; i < 2 * kRows; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
