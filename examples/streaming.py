@@ -1,0 +1,33 @@
+"""Write on and on from a cache that does not grow: `python examples/streaming.py --tokens 2000`.
+
+The demo's small Llama has read 256 tokens at a time. With windows and sinks every layer sees the first 4 tokens and the
+last 252, and its cache holds those and a few more, dropped some at a time. So the text may become any length: what a
+token costs, and the memory that it takes, stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+
+import longattn
+from longattn.demo import MODEL_FOLDER
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--tokens", type=int, default=2000, help="how many to write")
+options = parser.parse_args()
+logging.disable_progress_bar()
+torch.manual_seed(0)
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER), AutoTokenizer.from_pretrained(MODEL_FOLDER)
+longattn.extend(model, tokenizer, longattn.Plan(attention="window:252+sinks:4"))
+cache = DynamicCache(config=model.config)
+ids = tokenizer("import argparse\n", return_tensors="pt")["input_ids"]  # (1, prompt), then (1, 1)
+with torch.no_grad():
+    for _ in range(options.tokens):
+        logits = model.eval()(ids, None, None, cache).logits[:, -1]  # (1, vocabulary)
+        ids = (logits / 0.7).softmax(-1).multinomial(1)
+        print(tokenizer.decode(ids[0]), end="", flush=True)
+print(f"\nthe cache holds {cache.layers[0].keys.shape[2]} of {cache.get_seq_length()} tokens")
