@@ -109,9 +109,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if key == "loss" and name != "trained":
                 axes.set_visible(False)
                 continue
-            for cache, style in zip(
-                dict.fromkeys(row["cache"] for row in rows if row["model"] == name), "os^", strict=False
-            ):
+            for cache, style in zip(caches[name], "os^", strict=True):
                 mine = [row for row in rows if (row["model"], row["cache"]) == (name, cache)]
                 axes.plot([r["length"] for r in mine], [r[key] for r in mine], marker=style, label=cache)
             axes.set_xscale("log", base=2)

@@ -17,7 +17,17 @@ from longattn.demo import MODEL_FOLDER
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-JOBS = ("extend-context", "windows", "longlora", "training", "distributed", "tokens", "patterns", "serving")
+JOBS = (
+    "extend-context",
+    "windows",
+    "longlora",
+    "training",
+    "distributed",
+    "tokens",
+    "evaluation",
+    "patterns",
+    "serving",
+)
 
 
 def test_every_job_has_a_page_with_code():
@@ -87,6 +97,19 @@ def test_json_of_inspect_over_ranks_is_documented_key_by_key():
     for name in ("before", "after"):
         steps = {"forward", "training", "checkpointed"}
         assert keys_of(printed[name]) - steps == documented - {"link", "flops", "full"}
+
+
+def test_json_of_eval_is_documented_key_by_key(tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 60, encoding="utf-8")
+    small = "--last 8 --windows 1 --sliding-windows 1 --retrieval passkey --trials 1 --depths 1 --lengths 400"
+    where = ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "scores.json")]
+    done = CliRunner().invoke(app, ["eval", str(MODEL_FOLDER), *where, *small.split()])
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    for opaque in (written, *written["models"]):
+        opaque.update({name: 0 for name in ("machine", "facts", "plans") if name in opaque})
+    groups = {"settings", "text", "models", "models[].last", "models[].sliding", "models[].cells"}
+    assert keys_of(written) - groups == documented_keys("eval --json")
 
 
 def test_json_of_doctor_is_documented_key_by_key():

@@ -36,4 +36,5 @@ def test_python_block_runs(code, tmp_path):
 def test_command_runs(command, tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN, encoding="utf-8")
     (tmp_path / "SRC").symlink_to(MODEL_FOLDER)
+    (tmp_path / "docs").symlink_to(Path(__file__).parents[1] / "docs")
     run_bash(command, tmp_path)
