@@ -1,0 +1,66 @@
+"""benchmarks/experiment: its two commands and its table, on a tiny base; what its task and its comparison claim."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "experiment"
+TINY = "--steps 3 --dense-steps 1 --half-steps 1 --tokens 256 --hidden 64 --layers 1 --length 64 --vocab 512"
+ROWS = ["x4_yarn_read", "linear_all_trained-leaking", "norms_trained-group64+shift", "all_trained-window64+"]
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_experiment_runs_goes_on_and_makes_its_table(tmp_path, capsys):
+    import bases
+    import extend
+    import table
+
+    made, out = tmp_path / "bases", tmp_path / "experiment.json"
+    bases.main([*TINY.split(), "--out", str(made), "--seeds", "0", "--files", "40", "--windows", "2"])
+    flags = ["--bases", str(made), "--parts", str(tmp_path / "parts"), "--out", str(out), "--quick", "--files", "40"]
+    extend.main([*flags, "--seeds", "0", "--only", *ROWS])
+    results = json.loads(out.read_text())
+    assert len(results["rows"]) == len(ROWS) + 1  # leaking, to both lengths
+    for row in results["rows"]:
+        assert list(row["perplexity"]) == ["64", "128", "256", "512"] and min(row["perplexity"].values()) > 1
+        assert ("training" in row) == (row["learns"] != "nothing")
+    leaking = next(row for row in results["rows"] if row["train"] == "leaking")
+    assert leaking["training"]["held_out_as_trained"] != leaking["training"]["held_out_as_read"]
+    capsys.readouterr()
+    extend.main([*flags, "--seeds", "0", "--only", *ROWS])
+    assert capsys.readouterr().out == ""  # all rows are there
+    text = table.tables(results)
+    assert all(name in text for name in ("yarn", "leaking", "lora+embeddings+norms"))
+
+
+def test_recall_rows_have_one_answer_to_each_question():
+    from corpus import NUM_KEYS, NUM_VALUES, Ids, recall_rows
+
+    facts = torch.arange(1, 1 + NUM_KEYS * NUM_VALUES).view(NUM_KEYS, NUM_VALUES)
+    ids = Ids(0, facts, torch.arange(200, 200 + NUM_KEYS), torch.arange(300, 300 + NUM_VALUES))
+    text = torch.full((100,), 500)
+    rows, places = recall_rows(text, ids, rows=5, length=61, keys=8, draw=torch.Generator().manual_seed(0))
+    for row, place in zip(rows, places, strict=True):
+        questions, answers, given = row[-16::2] - 200, row[-15::2] - 300, row[place]
+        assert torch.equal(given, facts[questions, answers])
+        assert sorted(place.tolist()) == (row[:-16].lt(200) & row[:-16].gt(0)).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("changed, sees", [(15, True), (3, False)])
+def test_rolled_attention_shows_the_first_half_group_the_end(changed, sees):
+    import leaking
+
+    module = torch.nn.Module()
+    module.config = type("Config", (), {leaking.GROUP: 8})()
+    query, key, value = torch.randn(3, 1, 2, 16, 4, generator=torch.Generator().manual_seed(0))
+    before, _ = leaking.rolled_attention(module, query, key, value, None)
+    value[:, :, changed] += 1
+    after, _ = leaking.rolled_attention(module, query, key, value, None)
+    moved = (before != after).any(-1)[0]  # (S, H)
+    assert moved[:3, 1].any() == sees and not moved[:3, 0].any()
