@@ -15,6 +15,7 @@ from typing import Any
 
 RANKS = 4
 TIMEOUT = timedelta(seconds=60)  # long: a rank may wait for a core on a busy machine
+NO_ANSWER, ENDED = "no answer", "the process ended"
 
 
 class RankError(AssertionError):
@@ -29,13 +30,17 @@ class Ranks:
     """`count` processes; `run` sends a function of a module to the first ones and returns what each returned."""
 
     def __init__(self, count: int = RANKS, timeout: timedelta = TIMEOUT) -> None:
+        self.count, self.timeout = count, timeout
+        self._start()
+
+    def _start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.tensor", "longattn.distributed", "longattn.hf"])
         self.pipes, self.processes = [], []
-        for rank in range(count):
+        for rank in range(self.count):
             here, there = context.Pipe()
-            args = (rank, count, timeout, str(Path(self.folder.name) / "store"), there, list(sys.path))
+            args = (rank, self.count, self.timeout, str(Path(self.folder.name) / "store"), there, list(sys.path))
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             there.close()
@@ -46,6 +51,9 @@ class Ranks:
         self, ranks: int, function: Callable[..., Any], *args: Any, seconds: float = 180.0, **more: Any
     ) -> list[Any]:
         """Call function(group, *args, **more) on the first `ranks` ranks, joined to `group`.
+
+        Ranks that did not answer, or whose connections broke, are replaced: later calls must not meet what is left of
+        this one.
 
         Raises:
             RankError: a rank raised, ended, or did not answer in time.
@@ -59,15 +67,18 @@ class Ranks:
         while open_pipes:
             ready = wait(list(open_pipes), seconds)
             if not ready:
-                errors |= {rank: "no answer" for rank in open_pipes.values()}
+                errors |= {rank: NO_ANSWER for rank in open_pipes.values()}
                 break
             for pipe in ready:
                 rank = open_pipes.pop(pipe)  # type: ignore[call-overload]
                 try:
                     kind, answer = pipe.recv()  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    kind, answer = "error", "the process ended"
+                    kind, answer = "error", ENDED
                 (answers if kind == "value" else errors)[rank] = answer
+        if any(text in (NO_ANSWER, ENDED) or "gloo/transport" in text for text in errors.values()):
+            self.stop()
+            self._start()
         if errors:
             raise RankError(dict(sorted(errors.items())), answers)
         return [answers[rank] for rank in range(ranks)]
