@@ -123,12 +123,15 @@ __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync 
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the last kPending groups are done; `sum` is theirs, and the compiler may move no use of it before.
-template <int kPending, int kSize>
-__device__ __forceinline__ void wgmma_wait(float (&sum)[kSize]) {
+// Until all but the last kPending groups are done; `sums` are theirs, and the compiler may move no use of them before.
+template <int kPending, int... kSizes>
+__device__ __forceinline__ void wgmma_wait(float (&... sums)[kSizes]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  const auto pin = [](auto& sum) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+    for (float& x : sum) asm volatile("" : "+f"(x)::"memory");
+  };
+  (pin(sums), ...);
 }
 
 #define SIMT_R0                                            \

@@ -100,4 +100,8 @@ cudaError_t window_attn_forward(const AttentionParams& params, const ForwardPlan
 // Fills the gradients; the same bits for the same inputs. Errors as window_attn_forward.
 cudaError_t window_attn_backward(const BackwardParams& params, cudaStream_t stream);
 
+// The part of it that comes before the passes for dQ and for dK and dV, whichever kernels these are: fills
+// grad_sink_logits and the scratch.
+cudaError_t window_attn_before_passes(const BackwardParams& params, cudaStream_t stream);
+
 }  // namespace longattn::cuda

@@ -1,15 +1,12 @@
 // Backward of banded attention, the pass for dK and dV: a block takes kRows keys of one key head and walks the query
 // tiles that meet them, head after head of the group.
 //
-// dV = sum over queries of P dO, dK = scale * sum of dS Q. Keys that hold sinks meet every later query of their row or
-// document. Queries are cut into chunks of kSinkChunk. What those of a chunk add to the sinks of the document that its
-// first query is in, beyond the band, is formed by blocks of their own (kSinks), as sums in scratch: one document a
-// chunk, whatever the documents are. The sums are added in the order of the chunks and reach the block of the keys,
-// which walks by itself the queries before the document's first chunk, fewer than kSinkChunk of them. Shared memory: K
-// and V [kRows, kD]; kStages of Q and dO [kColumns, kD] and of their RowStats; which queries see each key. See
-// window_attn_bwd_tile.cuh.
+// dV = sum over queries of P dO, dK = scale * sum of dS Q. Shared memory: K and V [kRows, kD]; kStages of Q and dO
+// [kColumns, kD] and of their RowStats; which queries see each key. See window_attn_bwd_tile.cuh, and
+// window_attn_bwd_span.cuh for sinks, whose queries beyond the band are walked by blocks of their own (kSinks).
 #pragma once
 
+#include "window_attn_bwd_span.cuh"
 #include "window_attn_bwd_tile.cuh"
 
 namespace longattn::cuda {
@@ -20,11 +17,6 @@ constexpr int key_pass_shared_bytes() {
          Traits::kRows * static_cast<int>(sizeof(Range));
 }
 
-// Which keys and queries a block takes.
-struct KeyPassPlace {
-  int batch, kv_head, first_key, chunk;  // chunk of queries, where sinks are summed
-};
-
 template <class Traits, bool kSinks>
 __device__ __forceinline__ KeyPassPlace key_pass_place(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
@@ -33,75 +25,6 @@ __device__ __forceinline__ KeyPassPlace key_pass_place(const BackwardParams& b) 
   const int chunk = kSinks ? rest % b.sink_chunks : 0, group = kSinks ? rest / b.sink_chunks : rest;
   return {group / p.kv_heads, group % p.kv_heads, tile * Traits::kRows, chunk};
 }
-
-// The first chunk whose first query is in a document; whether it is one of the document's is for the caller to see.
-__device__ __forceinline__ int first_chunk(const Document& document) {
-  return (document.queries.begin + kSinkChunk - 1) / kSinkChunk;
-}
-
-__device__ __forceinline__ Document document_of_chunk(const RowBand& band, int chunk) {
-  const Document document = band.document_at(chunk * kSinkChunk + band.offset);
-  return document.queries.holds(chunk * kSinkChunk) ? document : Document{{0, 0}, {0, 0}};
-}
-
-// The queries of one head that meet the block's keys. Sink keys are tiled from their document's first one on.
-template <class Traits, bool kSinks>
-struct KeyPassBand {
-  const AttentionParams& p;
-  KeyPassPlace place;
-  Range sinks{0, 0};    // of the chunk's document
-  bool ordered = true;  // no row of keys begins or ends before the one above: sinks that this block walks are not
-
-  __device__ __forceinline__ KeyPassBand(const BackwardParams& b, const KeyPassPlace& at) : p(b.forward), place(at) {
-    if (p.rows.sinks == 0) return;
-    const RowBand band = row_band(p, place.batch, 0);  // the documents are those of every head
-    if (kSinks) {
-      sinks = document_of_chunk(band, place.chunk).sinks;
-      place.first_key += sinks.begin;
-      return;
-    }
-    const int end = smaller(place.first_key + Traits::kRows, p.rows.num_keys);
-    for (const int key : {place.first_key, end - 1}) {
-      const Document document = band.document_at(key + p.rows.key_start);
-      ordered &= first_chunk(document) == 0 || !document.sinks.meets(place.first_key, end);
-    }
-  }
-  // One behind the last query that the block of a key walks of those that see it as a sink alone.
-  __device__ __forceinline__ int walked_end(const RowBand& band, int key, const Range& seen_as_sink) const {
-    if (seen_as_sink.empty()) return seen_as_sink.begin;
-    const Document document = band.document_at(key + p.rows.key_start);
-    return larger(seen_as_sink.begin, smaller(seen_as_sink.end, first_chunk(document) * kSinkChunk));
-  }
-  __device__ __forceinline__ Range queries_of(const RowBand& band, int key) const {
-    const VisibleQueries queries = band.queries(smaller(key, p.rows.num_keys));
-    if (kSinks) {
-      const Range chunk{place.chunk * kSinkChunk, (place.chunk + 1) * kSinkChunk};
-      const int begin = larger(queries.sinks.begin, chunk.begin);
-      if (key >= sinks.end) return {chunk.end, chunk.end};  // none, behind all others
-      return {begin, larger(begin, smaller(queries.sinks.end, chunk.end))};
-    }
-    return {queries.band.begin, walked_end(band, key, queries.sinks)};
-  }
-  // The queries to walk.
-  __device__ __forceinline__ Range span(const RowBand& band) const {
-    const int first = place.first_key, end = first + Traits::kRows;
-    if (kSinks) {
-      const int last = smaller(end, sinks.end) - 1;
-      if (last < first) return {0, 0};
-      return {queries_of(band, first).begin, queries_of(band, last).end};
-    }
-    const QuerySpan span = band.query_span(first, end);
-    return {span.band.begin, walked_end(band, smaller(end, p.rows.num_keys) - 1, span.sinks)};
-  }
-  // Where the sums of a row's key lie in scratch: {chunk, sink}, {-1, 0} where it has none.
-  __device__ __forceinline__ Range sums_of(int key) const {
-    if (kSinks) return sinks.holds(key) ? Range{place.chunk, key - sinks.begin} : Range{-1, 0};
-    const Document document = row_band(p, place.batch, 0).document_at(key + p.rows.key_start);
-    const int chunk = first_chunk(document);
-    if (!document.sinks.holds(key) || !document.queries.holds(chunk * kSinkChunk)) return {-1, 0};
-    return {chunk, key - document.sinks.begin};
-  }
-};
 
 // Walks the tiles of queries, head after head.
 template <class Traits, bool kSinks>
@@ -112,7 +35,7 @@ struct QueryWalk {
   __device__ __forceinline__ QueryWalk(const AttentionParams& p, int kv_head)
       : head(kv_head * (p.heads / p.kv_heads) - 1), last_head(head + p.heads / p.kv_heads) {}
   // Goes to the next tile; false where there is none.
-  __device__ __forceinline__ bool next(const KeyPassBand<Traits, kSinks>& of) {
+  __device__ __forceinline__ bool next(const KeyPassBand<Traits::kRows, kSinks>& of) {
     begin += Traits::kColumns;
     while (begin >= end) {
       if (head == last_head) return false;
@@ -200,7 +123,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kD == 32 ? 4 : 1)  /
   const AttentionParams& p = b.forward;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp % Traits::kRowWarps * Traits::kWarpRows;
-  const KeyPassBand<Traits, kSinks> of(b, key_pass_place<Traits, kSinks>(b));
+  const KeyPassBand<Traits::kRows, kSinks> of(b.forward, key_pass_place<Traits, kSinks>(b));
   const KeyPassPlace& place = of.place;
   const int num_keys = p.rows.num_keys;
 

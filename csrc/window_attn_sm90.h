@@ -1,20 +1,25 @@
-// The forward of banded attention for compute capability 9.0: what its launcher offers beside window_attn.h. No torch
-// header.
+// Banded attention for compute capability 9.0: what its launchers offer beside window_attn.h. No torch header.
 #pragma once
 
 #include "window_attn.h"
 
 namespace longattn::cuda {
 
+constexpr int kMostChannelsOfGradients = 128;
+
 // Why this family can't serve a call, in words that follow "the kernels for compute capability 9.0 need"; null where it
 // can. The tensors' places and strides decide, never values.
 const char* why_not_sm90(const AttentionParams& params);
+const char* why_not_sm90(const BackwardParams& params);
 
 // Whether a call gets this family: LONGATTN_HOPPER=1 asks for it, the current device is of compute capability 9.0,
 // there are more queries than those that decoding splits over keys, and nothing is lacking.
 bool sm90_takes(const AttentionParams& params);
+bool sm90_takes(const BackwardParams& params);
 
-// As window_attn_forward, for calls that why_not_sm90 allows, on cards of compute capability 9.0 only.
+// As window_attn_forward and window_attn_backward, for calls that why_not_sm90 allows, on cards of compute capability
+// 9.0 only.
 cudaError_t window_attn_forward_sm90(const AttentionParams& params, cudaStream_t stream);
+cudaError_t window_attn_backward_sm90(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace longattn::cuda

@@ -7,10 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "window_attn_bwd.cu"
 #ifdef LONGATTN_DRIVE_SM90
+#include "window_attn_bwd_sm90.cu"
 #include "window_attn_fwd_sm90.cu"
 #else
-#include "window_attn_bwd.cu"
 #include "window_attn_fwd.cu"
 #endif
 
@@ -65,17 +66,21 @@ cudaError_t forward(std::ifstream& in, Buffers& buffers) {
   read_forward(buffers, p, true);
 #ifdef LONGATTN_DRIVE_SM90
   return window_attn_forward_sm90(p, nullptr);
-}
 #else
   const cudaError_t error = plan_forward(p, plan);
   if (error != cudaSuccess) return error;
   return window_attn_forward(p, plan, buffers.scratch(plan.scratch_bytes), nullptr);
+#endif
 }
 
-cudaError_t only_plan(std::ifstream& in) {
+cudaError_t only_plan([[maybe_unused]] std::ifstream& in) {
+#ifdef LONGATTN_DRIVE_SM90
+  return cudaErrorInvalidValue;
+#else
   AttentionParams p;
   in.read(reinterpret_cast<char*>(&p), sizeof(p));
   return plan_forward(p, plan);
+#endif
 }
 
 cudaError_t backward(std::ifstream& in, Buffers& buffers) {
@@ -93,9 +98,12 @@ cudaError_t backward(std::ifstream& in, Buffers& buffers) {
   b.sink_chunks = scratch.sink_chunks;
   b.stats = static_cast<RowStats*>(buffers.scratch(scratch.stats_bytes));
   b.sink_sums = static_cast<float*>(buffers.scratch(scratch.sink_sums_bytes));
+#ifdef LONGATTN_DRIVE_SM90
+  return window_attn_backward_sm90(b, nullptr);
+#else
   return window_attn_backward(b, nullptr);
-}
 #endif
+}
 
 }  // namespace
 
@@ -105,14 +113,10 @@ int main(int argc, char** argv) {
   simt::schedule_seed = static_cast<unsigned>(std::stoul(argv[4]));
   simt::multiprocessors = std::stoi(argv[5]);
   Buffers buffers{in, {}, {}};
-#ifdef LONGATTN_DRIVE_SM90
-  const cudaError_t error = forward(in, buffers);
-#else
   const std::string which = argv[1];
   const cudaError_t error = which == "backward"  ? backward(in, buffers)
                             : which == "forward" ? forward(in, buffers)
                                                  : only_plan(in);
-#endif
   std::ofstream out(argv[3], std::ios::binary);
   for (const auto& [data, bytes] : buffers.written) out.write(data, bytes);
   const simt::Counters& c = simt::counters;
