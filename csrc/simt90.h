@@ -123,15 +123,19 @@ __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync 
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the last kPending groups are done; `sums` are theirs, and the compiler may move no use of them before.
-template <int kPending, int... kSizes>
-__device__ __forceinline__ void wgmma_wait(float (&... sums)[kSizes]) {
+// Until all but the last kPending groups are done; `sum` (and `other`) are theirs, and the compiler may move no use of
+// them before.
+template <int kPending, int kSize>
+__device__ __forceinline__ void wgmma_wait(float (&sum)[kSize]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-  const auto pin = [](auto& sum) {
 #pragma unroll
-    for (float& x : sum) asm volatile("" : "+f"(x)::"memory");
-  };
-  (pin(sums), ...);
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+template <int kPending, int kSize>
+__device__ __forceinline__ void wgmma_wait(float (&sum)[kSize], float (&other)[kSize]) {
+  wgmma_wait<kPending>(sum);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(other[i])::"memory");
 }
 
 #define SIMT_R0                                            \

@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kD == 32 ? 4 : 1)  /
   const int warp_row = warp % Traits::kRowWarps * Traits::kWarpRows;
   const KeyPassBand<Traits::kRows, kSinks> of(b.forward, key_pass_place<Traits, kSinks>(b));
   const KeyPassPlace& place = of.place;
+  const bool ordered = of.is_ordered();
   const int num_keys = p.rows.num_keys;
 
   BackwardWarp<Traits> state(shared, warp, lane);
@@ -163,8 +164,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kD == 32 ? 4 : 1)  /
     }
     __syncthreads();
     const Range first = seen_by[warp_row], last = seen_by[warp_row + Traits::kWarpRows - 1];
-    if (!of.ordered || Range{first.begin, last.end}.meets(begin, end)) {
-      const bool interior = of.ordered && Range{last.begin, first.end}.covers(begin, end);
+    if (!ordered || Range{first.begin, last.end}.meets(begin, end)) {
+      const bool interior = ordered && Range{last.begin, first.end}.covers(begin, end);
       const RowStats* column_stats = stats + stage * kColumns + 2 * (lane % 4);
       const auto stats_of = [column_stats](int, int, int n, int i) { return column_stats[8 * n + i]; };
       const auto bits = [&](int row, int word) { return seen_by[warp_row + row].bits(begin + 32 * word); };

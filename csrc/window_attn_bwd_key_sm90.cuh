@@ -25,6 +25,7 @@ struct alignas(16) KeyPlan {
   Range seen_by[Traits::kRows];  // the queries that see each key
   Range sums[Traits::kRows];     // where each key's sums lie, with the last set of heads
 
+  __device__ __forceinline__ static int parts(const HopperParams& p) { return p.parts; }
   __device__ __forceinline__ static int row_bits(const HopperParams&) { return 0; }
   __device__ __forceinline__ int count() const { return (span.end - span.begin + (1 << step_bits) - 1) >> step_bits; }
   __device__ __forceinline__ int begin(int t) const { return span.begin + (t << step_bits); }
@@ -71,26 +72,30 @@ __device__ __forceinline__ void plan_keys(const HopperBackwardParams& p,
                                           const HopperShared<Traits, KeyPlan<Traits>>& shared) {
   using Shared = HopperShared<Traits, KeyPlan<Traits>>;
   const int lane = threadIdx.x % 32;
-  visit_plans(p, [&](int wave, int part, int turn) {
+  visit_plans<KeyPlan<Traits>>(p, [&](int wave, int part, int turn) {
     const Ring<2> plans = place_in_ring<2>(turn);
     KeyPlan<Traits>& plan = shared.plan(plans.stage);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);
-    const HopperPlace place = place_keys<Traits>(p, tile_of_wave(wave), part);
-    const KeyPassBand<Traits::kRows, false> of(p.attention, {place.batch, place.row_head, place.first_row, 0});
-    const RowBand band = row_band(p.attention, place.batch, place.streamed_head);
+    if (lane == 0) plan.place = place_keys<Traits>(p, tile_of_wave(wave), part);
+    __syncwarp();
+    // Formed anew for each key: kept for all of them, they would take more registers than there are.
+    const HopperPlace& place = plan.place;
+    const auto band = [&] { return row_band(p.attention, place.batch, place.streamed_head); };
+    const auto keys = [&] {
+      return KeyPassBand<Traits::kRows, false>(p.attention, {place.batch, place.row_head, place.first_row, 0});
+    };
     if (lane == 0) {
-      plan.place = place;
-      plan.span = of.span(band);
+      plan.span = keys().span(band());
       plan.step_bits = 6 - p.packed_bits;
     }
 #pragma unroll 1
-    for (int i = lane; i < Traits::kRows; i += 32) plan.seen_by[i] = of.queries_of(band, place.first_row + i);
+    for (int i = lane; i < Traits::kRows; i += 32) plan.seen_by[i] = keys().queries_of(band(), place.first_row + i);
     if (p.sink_chunks > 0 && part + 1 == p.parts) {
 #pragma unroll 1
-      for (int i = lane; i < Traits::kRows; i += 32) plan.sums[i] = of.sums_of(place.first_row + i);
+      for (int i = lane; i < Traits::kRows; i += 32) plan.sums[i] = keys().sums_of(place.first_row + i);
     }
     __syncwarp();
-    if (lane < Traits::kConsumers) plan_keys_of_group(plan, lane, of.ordered);
+    if (lane < Traits::kConsumers) plan_keys_of_group(plan, lane, keys().is_ordered());
     __syncwarp();
     if (lane == 0) simt::mbarrier_arrive(shared.barrier(Shared::kPlanFull + plans.stage));
   });
@@ -103,7 +108,7 @@ __device__ __forceinline__ void copy_stats(const HopperBackwardParams& p,
   using Shared = HopperShared<Traits, KeyPlan<Traits>>;
   const int lane = threadIdx.x % 32, heads = p.attention.heads, queries = p.attention.rows.num_queries;
   Ring<Traits::kStages> ring;
-  visit_plans(p, [&](int, int, int turn) {
+  visit_plans<KeyPlan<Traits>>(p, [&](int, int, int turn) {
     const Ring<2> plans = place_in_ring<2>(turn);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFull + plans.stage), plans.parity);
     const KeyPlan<Traits>& plan = shared.plan(plans.stage);

@@ -21,7 +21,6 @@ HopperBackwardParams params_of_passes(const BackwardParams& b) {
 template <class Traits>
 cudaError_t launch_query_pass(const BackwardParams& b, cudaStream_t stream) {
   HopperBackwardParams p = params_of_passes(b);
-  p.parts = 1;
   HopperMaps<Traits> maps{p};
   maps.query(p.rows[0], b.forward.query);
   maps.query(p.rows[1], b.grad_out);

@@ -31,22 +31,24 @@ template <int kRows, bool kSinks>
 struct KeyPassBand {
   const AttentionParams& p;
   KeyPassPlace place;
-  Range sinks{0, 0};    // of the chunk's document
-  bool ordered = true;  // no row of keys begins or ends before the one above: sinks that this block walks are not
+  Range sinks{0, 0};  // of the chunk's document
 
   __device__ __forceinline__ KeyPassBand(const AttentionParams& p, const KeyPassPlace& at) : p(p), place(at) {
-    if (p.rows.sinks == 0) return;
+    if (!kSinks) return;
+    sinks = document_of_chunk(row_band(p, place.batch, 0), place.chunk).sinks;
+    place.first_key += sinks.begin;
+  }
+  // Whether no row of keys begins or ends before the one above: sinks that this block walks are not ordered.
+  __device__ __forceinline__ bool is_ordered() const {
+    if (kSinks || p.rows.sinks == 0) return true;
     const RowBand band = row_band(p, place.batch, 0);  // the documents are those of every head
-    if (kSinks) {
-      sinks = document_of_chunk(band, place.chunk).sinks;
-      place.first_key += sinks.begin;
-      return;
-    }
     const int end = smaller(place.first_key + kRows, p.rows.num_keys);
+    bool ordered = true;
     for (const int key : {place.first_key, end - 1}) {
       const Document document = band.document_at(key + p.rows.key_start);
       ordered &= first_chunk(document) == 0 || !document.sinks.meets(place.first_key, end);
     }
+    return ordered;
   }
   // One behind the last query that the block of a key walks of those that see it as a sink alone.
   __device__ __forceinline__ int walked_end(const RowBand& band, int key, const Range& seen_as_sink) const {

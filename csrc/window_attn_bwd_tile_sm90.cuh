@@ -3,8 +3,10 @@
 // Rows are queries (Q, dO) and columns keys (K, V) in the pass for dQ; rows are keys (K, V) and columns queries (Q, dO)
 // in the pass for dK and dV. The product of the first of each gives the logits, from which the weights P follow by the
 // saved log-sum-exp, that of the second dP, and dS = P (dP - delta). The sums are dS times the first streamed tensor
-// and, for keys, P times the second. dS and P go from registers into the products; nothing but rows and columns passes
-// through shared memory.
+// and, for keys, P times the second. dS and P go from registers into the products. While a warpgroup forms them, the
+// products of the others run: a tile takes four times as long to multiply as in the forward, or three, and as many
+// exponentials, so that two of them keep the tensor cores busy. Registers: kSums * kD / 2 + 64 a thread, as the weights
+// take the place of what they are formed from.
 #pragma once
 
 #include "window_attn_ring_sm90.cuh"
@@ -24,10 +26,6 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   using Base::release, Base::skip, Base::slot, Base::wait_for;
   using typename Base::Operand, typename Base::Shared;
   static constexpr int kSums = Plan::kSums, kWidth = Traits::kColumns / 2;
-  // Where registers hold the weights beside the next logits, a tile's last products and the next one's first are in
-  // flight together.
-  static constexpr bool kOverlapped =
-      kSums * (Traits::kD / 2 + Traits::kColumns / 4) + 2 * kWidth + 32 <= Traits::kConsumerRegisters;
 
   float sum[kSums][Traits::kD / 2];
   float s[kWidth], dp[kWidth];
@@ -88,26 +86,15 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
       if (t >= end) continue;
 #pragma unroll 1
       for (; t < begin; ++t) skip();
-      bool pending = false;  // products with the weights of the tile before
 #pragma unroll 1
       for (; t < end; ++t) {
         multiply_rows(first, second);
-        wait_for_products();
-        if (kOverlapped && pending) release_tile(ring.back(1));
         differentiate(stats(ring.stage));
         if (!simt::uniform(plan.groups[group].interior.holds(t))) mask(bits(plan.begin(t)));
         add_products();
-        if (!kOverlapped) {
-          wait_for_products();
-          release_tile(ring);
-        }
         ring.advance();
-        pending = true;
         this->release_last_output();
       }
-      if (!kOverlapped) continue;
-      wait_for_products();
-      release_tile(ring.back(1));
     }
     const int count = simt::uniform(plan.count());
 #pragma unroll 1
@@ -115,12 +102,6 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   }
 
  private:
-  __device__ __forceinline__ void release_tile(const Ring<Traits::kStages>& at) const {
-    __syncwarp();  // all lanes have read its statistics
-    release(0, at);
-    release(1, at);
-  }
-
   __device__ __forceinline__ void multiply_rows(Operand first, Operand second) {
     wait_for(0, ring);
     simt::wgmma_fence();
@@ -129,6 +110,8 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
     simt::wgmma_fence();
     multiply_columns<Traits>(dp, second, this->columns(1, ring));
     simt::wgmma_commit();
+    simt::wgmma_wait<0>(s, dp);
+    if constexpr (kSums == 1) release(1, ring);
   }
   __device__ __forceinline__ void add_products() {
     simt::wgmma_fence();
@@ -136,12 +119,10 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
     for (int which = 0; which < kSums; ++which)
       multiply_weights<Traits>(sum[which], weights[which], this->weighted(which, ring));
     simt::wgmma_commit();
-  }
-  __device__ __forceinline__ void wait_for_products() {
-    if constexpr (kSums == 2)
-      simt::wgmma_wait<0>(s, dp, sum[0], sum[1]);
-    else
-      simt::wgmma_wait<0>(s, dp, sum[0]);
+    simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);
+    __syncwarp();  // all lanes have read the columns' statistics
+    release(0, ring);
+    if constexpr (kSums == 2) release(1, ring);
   }
 
   template <bool kCapped, typename Stats>

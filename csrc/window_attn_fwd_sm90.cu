@@ -10,7 +10,6 @@ cudaError_t launch_sm90(const AttentionParams& attention, cudaStream_t stream) {
   HopperParams p{};
   p.attention = attention;
   p.packed_bits = packed_bits(attention);
-  p.parts = 1;
   HopperMaps<Traits> maps{p};
   maps.query(p.rows[0], attention.query);
   maps.key(p.streamed[0], attention.key);

@@ -19,6 +19,7 @@ struct alignas(16) QueryPlan {
   HopperVisits groups[kConsumers];
   VisibleKeys visible[64 * kConsumers];
 
+  __device__ __forceinline__ static int parts(const HopperParams&) { return 1; }
   __device__ __forceinline__ static int row_bits(const HopperParams& p) { return p.packed_bits; }
   __device__ __forceinline__ int count() const { return tiles.count(); }
   __device__ __forceinline__ int begin(int t) const { return tiles.begin(t); }
@@ -77,7 +78,7 @@ __device__ __forceinline__ void plan_queries(const HopperParams& p, const Hopper
   using Shared = HopperShared<Traits, Plan>;
   const AttentionParams& attention = p.attention;
   const int lane = threadIdx.x % 32, positions = Traits::kRows >> p.packed_bits;
-  visit_plans(p, [&](int wave, int, int turn) {
+  visit_plans<Plan>(p, [&](int wave, int, int turn) {
     const Ring<2> plans = place_in_ring<2>(turn);
     Plan& plan = shared.plan(plans.stage);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);

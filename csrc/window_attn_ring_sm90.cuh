@@ -36,7 +36,7 @@ struct HopperParams {
   AttentionParams attention;
   int packed_bits;                     // log2 of the heads that share a tile of queries
   int tiles_of_heads, tiles_in_total;  // tiles of rows: of one set of packed heads (or key head), and of all
-  int parts;                           // plans of a tile of rows
+  int parts;                           // plans of a tile of keys
 };
 
 // What a plan says of copies: where rows come from, and the columns of its tiles.
@@ -141,13 +141,12 @@ __device__ __forceinline__ int tile_of_wave(int wave) {
 }
 
 // Calls visit(wave, part, turn) for every plan of this block's tiles, in order.
-template <typename Visit>
+template <class Plan, typename Visit>
 __device__ __forceinline__ void visit_plans(const HopperParams& p, const Visit& visit) {
-  int turn = 0;
 #pragma unroll 1
-  for (int wave = 0; tile_of_wave(wave) < p.tiles_in_total; ++wave)
+  for (int wave = 0, turn = 0; tile_of_wave(wave) < p.tiles_in_total; ++wave)
 #pragma unroll 1
-    for (int part = 0; part < p.parts; ++part, ++turn) visit(wave, part, turn);
+    for (int part = 0; part < Plan::parts(p); ++part, ++turn) visit(wave, part, turn);
 }
 
 // Has the panels of a tile of 64 rows copied.
@@ -218,7 +217,7 @@ struct HopperCopies {
 
   __device__ __forceinline__ void run() {
     for (const simt::TensorMap* map : {&p.rows[0], &p.streamed[0], &p.streamed[1], &p.out[0]}) simt::prefetch_map(*map);
-    visit_plans(p, [&](int wave, int part, int turn) {
+    visit_plans<Plan>(p, [&](int wave, int part, int turn) {
       const Ring<2> plans = place_in_ring<2>(turn);
       simt::mbarrier_wait(shared.barrier(Shared::kPlanFull + plans.stage), plans.parity);
       const Plan& plan = shared.plan(plans.stage);
@@ -390,7 +389,7 @@ struct HopperConsumer {
   // whose `real` says whether this warpgroup has rows.
   template <typename Start, typename Walk, typename End>
   __device__ __forceinline__ void run(const Start& start, const Walk& walk, const End& end) {
-    visit_plans(p, [&](int of_wave, int part, int turn) {
+    visit_plans<Plan>(p, [&](int of_wave, int part, int turn) {
       wave = of_wave;
       const Plan& plan = wait_for_plan(turn);
       const bool real = simt::uniform(plan.has_rows(p, group));
@@ -399,7 +398,7 @@ struct HopperConsumer {
         wait_for_rows();
       }
       walk(plan);
-      if (part + 1 == p.parts) {
+      if (part + 1 == Plan::parts(p)) {
         release_last_output();
         if (real)
           end(plan);
@@ -408,7 +407,7 @@ struct HopperConsumer {
       }
       release_plan(turn);
       if constexpr (Traits::kSlots == 1)
-        if (part + 1 == p.parts) release_output(wave);
+        if (part + 1 == Plan::parts(p)) release_output(wave);
     });
     if (output_leaves && is_first_thread()) simt::store_wait_read();
   }

@@ -463,17 +463,12 @@ inline void wait_for_products(size_t pending, int line) {
     group.fenced = false;
   });
 }
-// With a line for each set of sums: a default argument can't follow a pack.
 template <int kPending, int kSize>
 void wgmma_wait(float (&)[kSize], int line = __builtin_LINE()) {
   wait_for_products(kPending, line);
 }
-template <int kPending, int kS, int kSum>
-void wgmma_wait(float (&)[kS], float (&)[kS], float (&)[kSum], int line = __builtin_LINE()) {
-  wait_for_products(kPending, line);
-}
-template <int kPending, int kS, int kSum>
-void wgmma_wait(float (&)[kS], float (&)[kS], float (&)[kSum], float (&)[kSum], int line = __builtin_LINE()) {
+template <int kPending, int kSize>
+void wgmma_wait(float (&)[kSize], float (&)[kSize], int line = __builtin_LINE()) {
   wait_for_products(kPending, line);
 }
 
