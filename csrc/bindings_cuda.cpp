@@ -181,7 +181,9 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
   Tensor sums = torch::stable::new_empty(t.query, {sizes.sink_sums_bytes}, ScalarType::Byte);
   b.stats = static_cast<longattn::cuda::RowStats*>(stats.mutable_data_ptr());
   b.sink_sums = static_cast<float*>(sums.mutable_data_ptr());
-  check(longattn::cuda::window_attn_backward(b, current.stream), "attention backward");
+  const auto run = longattn::cuda::sm90_takes(b) ? longattn::cuda::window_attn_backward_sm90
+                                                 : longattn::cuda::window_attn_backward;
+  check(run(b, current.stream), "attention backward");
 }
 
 // Query or key with its output.

@@ -1,4 +1,4 @@
-"""The forward for compute capability 9.0, compiled with g++ against the emulator of mbarriers, copies and wgmma.
+"""The kernels for compute capability 9.0, compiled with g++ against the emulator of mbarriers, copies and wgmma.
 
 tests/emulator/full_hopper.py runs more of the same: every schedule, head dim and planted bug.
 """
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulator.attention import Call
-from emulator.checks import qkv
+from emulator.checks import check, qkv
 from emulator.hopper_checks import build_hopper, check_forward
 from emulator.hopper_planted import BUGS, check_is_noticed
 from hypothesis import given, settings
@@ -21,6 +21,12 @@ from longattn.ops.hopper import kernel_note, why_not_hopper
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     return build_hopper(tmp_path_factory.mktemp("hopper"), "-O1")
+
+
+@pytest.fixture(scope="module")
+def with_backward(tmp_path_factory):
+    """Both directions of head dim 64."""
+    return build_hopper(tmp_path_factory.mktemp("hopper"), "-O1", head_dim=64, backward=True)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 88, 96, 128, 192, 256])
@@ -110,6 +116,66 @@ def test_equal_calls_give_equal_bits_under_every_schedule(emulated):
         assert all(map(torch.equal, first, emulated.forward(*inputs, call, seed=seed)))
 
 
+@settings(max_examples=25, **RELAXED)
+@given(cases(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_gradients_are_right_for_features_in_combination(with_backward, case, narrow, token_major, half, seed):
+    shape, call, sink_logits, rows = case
+    dtype = torch.float16 if half else torch.bfloat16
+    inputs = qkv(*shape, 56 if narrow else 64, dtype, token_major, seed=seed)
+    check(with_backward, *inputs, call, sink_logits, seed=seed, **rows)
+
+
+def test_gradients_of_heads_that_share_keys(with_backward):
+    check(with_backward, *qkv(1, 8, 1, 150, 150, 64), Call(window=(50, 0)), torch.randn(8), seed=1)
+    check(with_backward, *qkv(1, 6, 2, 130, 130, 64), Call(group=50, shifts=(0, 25) * 3), seed=2)
+
+
+def test_gradients_of_sinks_that_later_queries_sum_apart(with_backward):
+    documents = torch.tensor([0, 40, 40, 1060], dtype=torch.int32)
+    check(with_backward, *qkv(1, 1, 1, 1060, 1060, 64), Call(window=(20, 0), sinks=3), cu_seqlens=documents)
+
+
+def test_unwritten_slots_of_a_cache_do_not_reach_gradients(with_backward):
+    query, key, value = qkv(2, 2, 1, 150, 400, 64)
+    ends = torch.tensor([333, 160], dtype=torch.int32)
+    for row, end in enumerate(ends):
+        key[row, :, end:], value[row, :, end:] = 0.0, 0.0
+    call, grads = Call(window=(100, 20), sinks=2), (torch.randn_like(query), None)
+    saved = check_forward(with_backward, query, key, value, call, kv_end=ends)
+    expected = with_backward.backward(*grads, (query, key, value), saved, call, kv_end=ends)
+    for row, end in enumerate(ends):
+        key[row, :, end:], value[row, :, end:] = torch.nan, torch.nan
+    got = with_backward.backward(*grads, (query, key, value), saved, call, kv_end=ends)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_equal_calls_give_equal_gradients_under_every_schedule(with_backward):
+    inputs, call = qkv(1, 4, 1, 260, 260, 64), Call(window=(90, 5), sinks=3)
+    saved, grad_out = with_backward.forward(*inputs, call), torch.randn(1, 4, 260, 64).to(torch.bfloat16)
+    first = with_backward.backward(grad_out, None, inputs, saved, call)
+    for seed in (1, 2, 3):
+        again = with_backward.backward(grad_out, None, inputs, saved, call, seed=seed)
+        assert all(map(torch.equal, first, again))
+
+
+def test_both_passes_leave_out_tiles_that_none_of_their_rows_sees(with_backward):
+    """Products equal the closed form: 3 for each visited pair of dQ's tiles of 64 x 64, 4 for each of dK's and dV's."""
+    sq, left = 500, 127
+    inputs, call = qkv(1, 1, 1, sq, sq, 64), Call(window=(left, 0))
+    saved, grad_out = with_backward.forward(*inputs, call), torch.randn(1, 1, sq, 64).to(torch.bfloat16)
+    with_backward.backward(grad_out, None, inputs, saved, call)
+    products, query_rows = 0, 192
+    for first in range(0, sq, 64):
+        last = min(first + 64, sq) - 1
+        block = first // query_rows * query_rows
+        keys = range(max(0, block - left), min(block + query_rows, sq), 64)
+        products += 3 * sum(tile <= last and tile + 64 > max(0, first - left) for tile in keys)
+        block = first // 128 * 128
+        queries = range(block, min(block + 128 + left, sq), 64)
+        products += 4 * sum(tile <= last + left and tile + 64 > first for tile in queries)
+    assert with_backward.counters["mma"] == products * (64 // 16) * (64 // 8) * (64 // 16)
+
+
 def test_no_two_threads_or_copies_race(tmp_path):
     racing = build_hopper(tmp_path, "-O1", "-g", "-fsanitize=thread", head_dim=64)
     for seed in (0, 1):
@@ -171,7 +237,8 @@ def test_which_says_what_runs_where_it_is_asked_for(monkeypatch):
     assert note() is None
     monkeypatch.setenv("LONGATTN_HOPPER", "1")
     assert note(device="cpu") is None
-    assert note() == "forward by the kernels for compute capability 9.0, backward by those for 8.0"
+    assert note() == "forward and backward by the kernels for compute capability 9.0"
+    assert note(head_dim=136) == "forward by the kernels for compute capability 9.0, backward by those for 8.0"
     assert note((8, 9)) == "LONGATTN_HOPPER has no kernels for compute capability 8.9"
     assert note(head_dim=32) == (
         "the kernels for compute capability 9.0 need a head dim of 33 to 256, so those for 8.0 run"

@@ -1,6 +1,7 @@
-"""Which CUDA kernels serve a forward: those for compute capability 9.0 where LONGATTN_HOPPER=1, or why not.
+"""Which CUDA kernels serve a call: those for compute capability 9.0 where LONGATTN_HOPPER=1, or why not.
 
-csrc/window_attn_fwd_sm90.cu decides by the same rules when it is called; here they are put into words.
+csrc/window_attn_fwd_sm90.cu and csrc/window_attn_bwd_sm90.cu decide by the same rules when they are called; here they
+are put into words.
 """
 
 from __future__ import annotations
@@ -44,4 +45,6 @@ def kernel_note(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | Non
     reason = why_not_hopper(query, key, value)
     if reason is not None:
         return f"the kernels for compute capability 9.0 need {reason}, so those for 8.0 run"
-    return "forward by the kernels for compute capability 9.0, backward by those for 8.0"
+    if query.shape[-1] > 128:
+        return "forward by the kernels for compute capability 9.0, backward by those for 8.0"
+    return "forward and backward by the kernels for compute capability 9.0"

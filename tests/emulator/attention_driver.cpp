@@ -7,11 +7,14 @@
 #include <string>
 #include <vector>
 
-#include "window_attn_bwd.cu"
-#ifdef LONGATTN_DRIVE_SM90
-#include "window_attn_bwd_sm90.cu"
+#ifdef LONGATTN_DRIVE_SM90  // 1: the forward alone
 #include "window_attn_fwd_sm90.cu"
+#if LONGATTN_DRIVE_SM90 == 2
+#include "window_attn_bwd.cu"
+#include "window_attn_bwd_sm90.cu"
+#endif
 #else
+#include "window_attn_bwd.cu"
 #include "window_attn_fwd.cu"
 #endif
 
@@ -83,6 +86,9 @@ cudaError_t only_plan([[maybe_unused]] std::ifstream& in) {
 #endif
 }
 
+#if defined(LONGATTN_DRIVE_SM90) && LONGATTN_DRIVE_SM90 == 1
+cudaError_t backward(std::ifstream&, Buffers&) { return cudaErrorInvalidValue; }
+#else
 cudaError_t backward(std::ifstream& in, Buffers& buffers) {
   BackwardParams b;
   in.read(reinterpret_cast<char*>(&b), sizeof(b));
@@ -104,6 +110,7 @@ cudaError_t backward(std::ifstream& in, Buffers& buffers) {
   return window_attn_backward(b, nullptr);
 #endif
 }
+#endif
 
 }  // namespace
 

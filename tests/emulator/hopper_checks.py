@@ -1,4 +1,4 @@
-"""Holds the emulated forward for compute capability 9.0 to the float64 reference."""
+"""Holds the emulated kernels for compute capability 9.0 to the float64 reference."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from reference import FLOOR, assert_close, dense
 from torch import Tensor
 
 
-def build_hopper(folder: Path, *flags: str, head_dim: int | None = None, csrc: Path = ROOT / "csrc") -> Emulated:
-    """The driver with the kernels for compute capability 9.0, of one head dim or of all."""
+def build_hopper(
+    folder: Path, *flags: str, head_dim: int | None = None, backward: bool = False, csrc: Path = ROOT / "csrc"
+) -> Emulated:
+    """The driver with the kernels for compute capability 9.0, of one head dim or of all, of the forward or of both."""
     only = () if head_dim is None else (f"-DLONGATTN_ONLY_HEAD_DIM={head_dim}",)
-    emulated = build_driver(folder, "-DLONGATTN_DRIVE_SM90", *only, *flags, csrc=csrc)
+    emulated = build_driver(folder, f"-DLONGATTN_DRIVE_SM90={1 + backward}", *only, *flags, csrc=csrc)
     emulated.multiprocessors = 2  # so that blocks take several tiles
     return emulated
 

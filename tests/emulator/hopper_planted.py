@@ -19,41 +19,42 @@ class HopperBug(Bug):
     head_dim: int = 64  # 192: one slot of Q rather than two
 
 
-KERNEL, PLAN = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh"
+KERNEL, PLAN, RING = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh", "window_attn_ring_sm90.cuh"
+GRADIENTS, QUERIES = "window_attn_bwd_tile_sm90.cuh", "window_attn_bwd_query_sm90.cuh"
+KEYS = "window_attn_bwd_key_sm90.cuh"
 # One bug for each kind of check.
 BUGS = {
     "K multiplied before it is there": Bug(
-        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
+        KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
     ),
     "the wrong parity": Bug(
-        PLAN, "(Shared::kValueFree + ring.stage), ring.parity ^ 1)",
-        "(Shared::kValueFree + ring.stage), ring.parity)", "deadlock",
+        RING, "(shared.free(which, ring.stage), ring.parity ^ 1)", "(shared.free(which, ring.stage), ring.parity)",
+        "deadlock",
     ),
     "V passed on before it is multiplied": Bug(
-        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied) release(Shared::kValueFree, ring.back(2));",
-        "if (multiplied) release(Shared::kValueFree, ring.back(2));\n    simt::wgmma_wait<0>(rows.out);", "data race",
-        THREAD,
+        KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied) release(1, ring.back(2));",
+        "if (multiplied) release(1, ring.back(2));\n    simt::wgmma_wait<0>(rows.out);", "data race", THREAD,
     ),
 }  # fmt: skip
 MORE_BUGS = {
     "V multiplied before it is there": Bug(
-        KERNEL, "wait_for(Shared::kValueFull, at);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
+        KERNEL, "wait_for(1, at);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
     ),
     "Q multiplied before it is there": Bug(
-        KERNEL, "simt::mbarrier_wait(shared.barrier(Shared::kQueryFull + slot(wave)),\n                          "
-        "place_in_ring<Traits::kQueryStages>(wave).parity);", "", "NaN",
+        RING, "simt::mbarrier_wait(shared.barrier(Shared::kRowsFull + slot(wave)), "
+        "place_in_ring<Traits::kSlots>(wave).parity);", "", "NaN",
     ),
     "K copied over while it is read": Bug(
-        PLAN, "simt::mbarrier_wait(shared.barrier(Shared::kKeyFree + ring.stage), ring.parity ^ 1);", "",
+        RING, "simt::mbarrier_wait(shared.free(which, ring.stage), ring.parity ^ 1);", "",
         "NaN|exceeds|arrivals|deadlock",
     ),
-    "the steps of K too short": Bug(KERNEL, "c % kSteps * 32", "c % kSteps * 16", "exceeds"),
+    "the steps of K too short": Bug(RING, "c % kSteps * 32", "c % kSteps * 16", "exceeds"),
     "the steps of V too short": Bug(
-        KERNEL, "n * 16 * Traits::kRowBytes", "n * 8 * Traits::kRowBytes", "exceeds"
+        RING, "n * 16 * Traits::kRowBytes", "n * 8 * Traits::kRowBytes", "exceeds"
     ),
     "too few bytes expected": Bug(
-        PLAN, "mbarrier_arrive_expect(barrier, Traits::kTileBytes)",
-        "mbarrier_arrive_expect(barrier, Traits::kTileBytes / 2)", "NaN|exceeds|arrivals|deadlock",
+        RING, "mbarrier_arrive_expect(whole ? full : aside, Traits::kTileBytes)",
+        "mbarrier_arrive_expect(whole ? full : aside, Traits::kTileBytes / 2)", "NaN|exceeds|arrivals|deadlock",
     ),
     "weights replaced while they are multiplied": Bug(
         KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied)", "if (multiplied)", "NaN|exceeds|flight|fence"
@@ -62,29 +63,29 @@ MORE_BUGS = {
         KERNEL, "issue_keys(query);\n      simt::wgmma_wait<0>(rows.s);", "issue_keys(query);", "NaN"
     ),
     "no fence before a product": Bug(
-        KERNEL, "wait_for(Shared::kKeyFull, ring);\n    simt::wgmma_fence();", "wait_for(Shared::kKeyFull, ring);",
+        KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();", "wait_for(0, ring);",
         "wgmma.fence",
     ),
     "tiles left out but not passed on": Bug(
-        KERNEL, "__syncwarp();\n    release(Shared::kKeyFree, ring);", "__syncwarp();", "deadlock",
+        RING, "__syncwarp();\n    release(0, ring);", "__syncwarp();", "deadlock",
     ),
     "too few warps pass a stage on": Bug(
-        PLAN, "init(kValueFull, kStages, 1, 4 * kConsumers);", "init(kValueFull, kStages, 1, 4 * kConsumers - 4);",
+        RING, "init(kStreamFull, kStages, 1, 4 * kConsumers);", "init(kStreamFull, kStages, 1, 4 * kConsumers - 4);",
         "data race|arrivals|deadlock", THREAD,
     ),
     "the output stored before all have staged it": Bug(
-        KERNEL, "simt::sync_warpgroup(1 + group);  // the whole output is staged", "", "no fence has made|data race",
+        RING, "simt::sync_warpgroup(1 + group);  // the whole output is staged", "", "no fence has made|data race",
         THREAD,
     ),
     "the output staged over Q that is read": Bug(
-        KERNEL, "simt::sync_warpgroup(1 + group);  // all have multiplied Q, which is written over", "", "data race",
+        RING, "simt::sync_warpgroup(1 + group);  // all have multiplied the rows, which are written over", "", "data race",
         THREAD,
     ),
     "no fence before the output is stored": Bug(
-        KERNEL, "simt::fence_async_proxy();\n    simt::sync_warpgroup", "simt::sync_warpgroup", "no fence has made"
+        RING, "simt::fence_async_proxy();\n    simt::sync_warpgroup", "simt::sync_warpgroup", "no fence has made"
     ),
     "a slot filled while its output is read": Bug(
-        KERNEL, "simt::store_wait_read();\n      simt::mbarrier_arrive", "simt::mbarrier_arrive",
+        RING, "simt::store_wait_read();\n      simt::mbarrier_arrive", "simt::mbarrier_arrive",
         "data race|NaN|exceeds", THREAD,
     ),
     "a plan changed while it is followed": Bug(
@@ -93,7 +94,7 @@ MORE_BUGS = {
     ),
     "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
     "a warpgroup without rows that is not waited for": HopperBug(
-        KERNEL, "simt::sync_warpgroup(1 + group);  // all have seen Q come", "// all have seen Q come", "deadlock",
+        RING, "simt::sync_warpgroup(1 + group);  // all have seen them come", "// all have seen them come", "deadlock",
         head_dim=192,
     ),
 }  # fmt: skip
