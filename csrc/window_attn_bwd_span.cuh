@@ -34,7 +34,7 @@ struct KeyPassBand {
   Range sinks{0, 0};  // of the chunk's document
 
   __device__ __forceinline__ KeyPassBand(const AttentionParams& p, const KeyPassPlace& at) : p(p), place(at) {
-    if (!kSinks) return;
+    if (!kSinks || p.rows.sinks == 0) return;
     sinks = document_of_chunk(row_band(p, place.batch, 0), place.chunk).sinks;
     place.first_key += sinks.begin;
   }

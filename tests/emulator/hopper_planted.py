@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from emulator.attention import Call
 from emulator.build import ROOT
-from emulator.checks import qkv
+from emulator.checks import check, qkv
 from emulator.hopper_checks import build_hopper, check_forward
 from emulator.planted import THREAD, Bug
 
@@ -17,6 +17,7 @@ from emulator.planted import THREAD, Bug
 @dataclass(frozen=True)
 class HopperBug(Bug):
     head_dim: int = 64  # 192: one slot of Q rather than two
+    backward: bool = False
 
 
 KERNEL, PLAN, RING = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh", "window_attn_ring_sm90.cuh"
@@ -78,8 +79,8 @@ MORE_BUGS = {
         THREAD,
     ),
     "the output staged over Q that is read": Bug(
-        RING, "simt::sync_warpgroup(1 + group);  // all have multiplied the rows, which are written over", "", "data race",
-        THREAD,
+        RING, "simt::sync_warpgroup(1 + group);  // all have multiplied the rows, which are written over", "",
+        "data race", THREAD,
     ),
     "no fence before the output is stored": Bug(
         RING, "simt::fence_async_proxy();\n    simt::sync_warpgroup", "simt::sync_warpgroup", "no fence has made"
@@ -97,6 +98,48 @@ MORE_BUGS = {
         RING, "simt::sync_warpgroup(1 + group);  // all have seen them come", "// all have seen them come", "deadlock",
         head_dim=192,
     ),
+    "dO multiplied before it is there": HopperBug(
+        GRADIENTS, "wait_for(1, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|exceeds|arrivals",
+        backward=True,
+    ),
+    "logits read while they are formed": HopperBug(
+        GRADIENTS, "simt::wgmma_wait<0>(s, dp);", "", "NaN|flight|fence|exceeds", backward=True
+    ),
+    "columns passed on before they are multiplied": HopperBug(
+        GRADIENTS, "simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);\n    __syncwarp();  "
+        "// all lanes have read the columns' statistics\n    release(0, ring);",
+        "release(0, ring);\n    simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);", "data race", THREAD, backward=True,
+    ),
+    "statistics passed on before all lanes have read them": HopperBug(
+        GRADIENTS, "__syncwarp();  // all lanes have read the columns' statistics", "", "data race", THREAD,
+        backward=True,
+    ),
+    "statistics written over while they are read": HopperBug(
+        KEYS, "simt::mbarrier_wait(shared.free(1, ring.stage), ring.parity ^ 1);", "", "data race|arrivals|exceeds",
+        THREAD, backward=True,
+    ),
+    "statistics that nobody waits for": HopperBug(
+        RING, "init(kStreamFull + 2 * kStages, kStages, 1 + kStatsWarps, 4 * kConsumers);",
+        "init(kStreamFull + 2 * kStages, kStages, 1, 4 * kConsumers);", "arrivals|data race|exceeds|NaN", THREAD,
+        backward=True,
+    ),
+    "a plan changed while its statistics are brought": HopperBug(
+        RING, "init(kPlanFull, 2, 1, 4 * kConsumers + 1 + kStatsWarps);", "init(kPlanFull, 2, 1, 4 * kConsumers + 1);",
+        "data race|arrivals|deadlock|exceeds", THREAD, backward=True,
+    ),
+    "no mask at the edges of gradients": HopperBug(
+        GRADIENTS, "interior.holds(t)", "interior.holds(t) || true", "exceeds", backward=True
+    ),
+    "gradients without sums of sinks": HopperBug(
+        KEYS, "if (p.sink_chunks > 0) add_sink_sums(plan, half);", "", "exceeds", backward=True
+    ),
+    "columns of packed heads taken for queries": HopperBug(
+        KEYS, "64) << p.packed_bits;", "64);", "exceeds", backward=True
+    ),
+    "dQ of dP alone": HopperBug(
+        GRADIENTS, "ds[i] = p_of[i] * (dp[4 * block + 2 * half + i] - own.delta)",
+        "ds[i] = p_of[i] * dp[4 * block + 2 * half + i]", "exceeds", backward=True,
+    ),
 }  # fmt: skip
 
 
@@ -109,9 +152,15 @@ def check_is_noticed(bug: Bug, folder: Path) -> None:
     (csrc / bug.file).write_text(source.replace(bug.before, bug.after))
     flags = ("-O1", "-g", "-w", *([bug.sanitizer] if bug.sanitizer else []))
     head_dim = bug.head_dim if isinstance(bug, HopperBug) else 64
-    emulated = build_hopper(folder, *flags, head_dim=head_dim, csrc=csrc)
+    backward = isinstance(bug, HopperBug) and bug.backward
+    emulated = build_hopper(folder, *flags, head_dim=head_dim, backward=backward, csrc=csrc)
     with pytest.raises(AssertionError, match=bug.noticed):
         for seed in range(8):
+            if backward:
+                check(emulated, *qkv(1, 4, 2, 420, 420, head_dim), Call(window=(130, 3), sinks=2), seed=seed)
+                check(emulated, *qkv(1, 1, 1, 1100, 1100, head_dim), Call(window=(30, 0), sinks=2), seed=seed)
+                assert not emulated.output, emulated.output
+                continue
             check_forward(emulated, *qkv(1, 2, 2, 420, 420, head_dim), Call(window=(130, 3), sinks=2), seed=seed)
             check_forward(emulated, *qkv(3, 4, 4, 1, 65, head_dim), Call(window=(-1, 0)), seed=seed)
             assert not emulated.output, emulated.output
