@@ -181,8 +181,8 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
   Tensor sums = torch::stable::new_empty(t.query, {sizes.sink_sums_bytes}, ScalarType::Byte);
   b.stats = static_cast<longattn::cuda::RowStats*>(stats.mutable_data_ptr());
   b.sink_sums = static_cast<float*>(sums.mutable_data_ptr());
-  const auto run = longattn::cuda::sm90_takes(b) ? longattn::cuda::window_attn_backward_sm90
-                                                 : longattn::cuda::window_attn_backward;
+  const auto run =
+      longattn::cuda::sm90_takes(b) ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
   check(run(b, current.stream), "attention backward");
 }
 

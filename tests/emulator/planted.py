@@ -27,7 +27,7 @@ class Bug:
 
 
 FORWARD, TILE, DECODE = "window_attn_fwd.cuh", "window_attn_tile.cuh", "window_attn_decode.cuh"
-SOFTMAX, KEY_PASS = "window_attn_softmax.cuh", "window_attn_bwd_key.cuh"
+SOFTMAX, KEY_PASS, SPAN = "window_attn_softmax.cuh", "window_attn_bwd_key.cuh", "window_attn_bwd_span.cuh"
 FEW = (4, 5, 700)
 # One bug for each kind of check.
 BUGS = {
@@ -68,11 +68,11 @@ MORE_BUGS = {
     ),
     "a chunk of sinks left out": Bug(KEY_PASS, "int next = 1;", "int next = 2;", "exceeds", shape=(1, 2200, 2200)),
     "sinks of one document alone": Bug(
-        KEY_PASS, "band.document_at(chunk * kSinkChunk + band.offset)", "band.document_at(band.offset)", "exceeds|NaN",
+        SPAN, "band.document_at(chunk * kSinkChunk + band.offset)", "band.document_at(band.offset)", "exceeds|NaN",
         shape=(1, 2200, 2200), cu_seqlens=(0, 1000, 2200),
     ),
     "sinks taken for ordered rows": Bug(
-        KEY_PASS, "ordered &= first_chunk", "ordered |= first_chunk", "exceeds", shape=(1, 1600, 1600),
+        SPAN, "ordered &= first_chunk", "ordered |= first_chunk", "exceeds", shape=(1, 1600, 1600),
         cu_seqlens=(0, 20, 1600),
     ),
     "a part left out where splits are combined": Bug(
