@@ -168,6 +168,14 @@ def test_refusals_say_what_was_expected(folder, monkeypatch, changed, message):
     assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
 
 
+def test_model_that_is_not_there_is_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run("books", "--text", "books", "--lengths", "256", *SMALL)
+    assert result.exit_code == 2
+    assert "longattn eval: model books must be a checkpoint's folder with a tokenizer" in result.stderr
+
+
 def test_short_texts_can_be_joined(folder, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["original", "--text", "books", "--lengths", "4k", *SMALL, "--sliding-windows", "0"]

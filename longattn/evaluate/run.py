@@ -78,7 +78,7 @@ def evaluate(
         >>> models = [("before", "Llama-2-7b"), ("after", "Llama-2-7b-32k")]
         >>> evaluate(models, documents, Settings([4096, 32768]), text_name="books", saved=Path("scores.json"))
     """
-    tokenizers = [AutoTokenizer.from_pretrained(name, model_max_length=1 << 62) for _, name in models]
+    tokenizers = [_tokenizer(name) for _, name in models]
     for tokenizer in tokenizers:
         for task in settings.tasks:  # a length too short for a question is refused before anything is measured
             TASKS[task].question(tokenizer, settings.lengths[0], 0.5, random.Random(settings.seed))
@@ -116,6 +116,16 @@ def evaluate(
     evaluation.complete = True
     save()
     return evaluation
+
+
+def _tokenizer(name: str) -> Any:
+    """A model's tokenizer, which is not to warn of long texts."""
+    try:
+        return AutoTokenizer.from_pretrained(name, model_max_length=1 << 62)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"eval: model {name} must be a checkpoint's folder with a tokenizer, or a model's id that can be fetched"
+        ) from error
 
 
 def _measure(
