@@ -104,7 +104,7 @@ def _training(groups: list[Rows]) -> list[list[str]]:
 
 def _streams(groups: list[Rows]) -> list[list[str]]:
     places = list(groups[0][0]["streamed"])
-    columns = ("rope", "learns", "serve")
+    columns = ("factor", "rope", "learns", "serve")
     body = [[*_named(g, columns), *(spread([row["streamed"][at] for row in g]) for at in places)] for g in groups]
     return [[*_heads(columns), *places], *body]
 
