@@ -1,4 +1,4 @@
-"""`longattn train`: one YAML from the plan to a checkpoint that loads; runs that end early go on to the same bits."""
+"""`longattn train`: one YAML from the plan to a checkpoint that loads; what it refuses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 from checkpoints import digests, edit_json, read_json, stored
-from hf_models import build, build_tokenizer, tokens
+from hf_models import tokens
 from peft import AutoPeftModelForCausalLM
 from stock_process import assert_same_model, run_without_longattn
+from train_runs import LENGTH, RUN, STEPS, losses, spec, write_home
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -29,35 +30,10 @@ from longattn.train import TrainSpec, outputs, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
 
-STEPS, LENGTH = 4, 128
-PLAN = dict(
-    rope={"rope_type": "yarn", "factor": 4.0},
-    train_attention="group:32+shift",
-    tokens={"tokens": ["<tool>"], "init": {"<tool>": "w1 w2"}},
-)
-RUN = dict(length=LENGTH, steps=STEPS, batch=2, learning_rate=1e-2, rank=2, save_every=2, **PLAN)
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny checkpoint, and text to train on and to hold out."""
-    folder = tmp_path_factory.mktemp("train")
-    build("llama", torch.float32, num_hidden_layers=2, initializer_range=0.1).save_pretrained(folder / "src")
-    build_tokenizer().save_pretrained(folder / "src")
-    (folder / "src" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n\nIt is good.\n")
-    (folder / "src" / "LICENSE").write_text("Do as you like.\n")
-    (folder / "text").mkdir()
-    for number in range(6):
-        words = [f"w{(number + step) % 50}" for step in range(300)]
-        words[::20] = ["<tool>"] * len(words[::20])
-        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
-    (folder / "held.txt").write_text(" ".join(f"w{step % 50}" for step in range(300)))
-    return folder
-
-
-def spec(home, out, **more) -> TrainSpec:
-    places = dict(model=str(home / "src"), text=str(home / "text"), out=str(out))
-    return TrainSpec.from_dict({**places, **RUN, **more})
+    return write_home(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +48,6 @@ def done(home):
     assert result.exit_code == 0, result.output
     assert digests(home / "src") == before
     return home / "tuned", result.stdout
-
-
-def losses(log, key="loss"):
-    return {entry["step"]: entry[key] for entry in log["history"] if key in entry}
 
 
 def test_command_writes_a_checkpoint_log_and_plot(done):
@@ -162,45 +134,6 @@ def test_card_says_what_was_done(done):
     assert "Attention while it trained: 2 x group:32+shift; as it is served: 2 x full." in card
     assert "1,024 tokens in rows of 128" in card and str(out.parent) not in card
     assert "No weight was trained" in (out / "base" / "README.md").read_text()
-
-
-class Stop(BaseException):
-    """Ends a run as Ctrl-C does."""
-
-
-def stop_at(step):
-    def progress(doing, at, steps, entry):
-        if doing == "training" and at == step:
-            raise Stop
-
-    return progress
-
-
-@pytest.mark.parametrize("recipe", ["longlora", "full", "new-rows"])
-def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, recipe):
-    more = dict(recipe=recipe) if recipe == "longlora" else dict(recipe=recipe, rank=8)
-    whole = train(spec(home, tmp_path / "whole", **more))
-    part = spec(home, tmp_path / "part", **more)
-    with pytest.raises(Stop):
-        train(part, progress=stop_at(3))
-    assert not (tmp_path / "part" / "model").exists()
-    assert not json.loads((tmp_path / "part" / "log.json").read_text())["complete"]
-    broken = tmp_path / "part" / "checkpoints" / "checkpoint-3"  # killed while it was written
-    shutil.copytree(broken.with_name("checkpoint-2"), broken)
-    (broken / "trainer_state.json").write_text("{")
-    with pytest.raises(FileExistsError, match="holds a run; go on with it by resume"):
-        train(part)
-    resumed = train(replace(part, resume=True))
-    assert losses(resumed.log) == losses(whole.log)
-    found, expected = stored(resumed.checkpoint), stored(whole.checkpoint)
-    assert all(torch.equal(found[name][1], value) for name, (_, value) in expected.items())
-    base = stored(tmp_path / "whole" / "base")
-    rows = {name for name in base if not torch.equal(base[name][1], expected[name][1])}
-    if recipe == "new-rows":
-        assert rows == {"model.embed_tokens.weight", "lm_head.weight"}
-        assert all(torch.equal(expected[name][1][:64], base[name][1][:64]) for name in rows)
-    if recipe == "full":
-        assert rows == set(base)
 
 
 def test_a_run_killed_while_it_writes_the_checkpoint_goes_on(done, home, tmp_path):
