@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from corpus import NUM_VALUES, Ids, recall_rows
-from torch.nn.functional import cross_entropy
 
 from longattn.demo.text import Document
+from longattn.evaluate import next_token_losses
 
 TOKENS_AT_ONCE = 8192  # bounds the memory of a forward pass
 SCORED_OF = 16
@@ -34,7 +34,6 @@ def text_windows(documents: Sequence[Document], tokenizer: Any, *, length: int, 
     return torch.stack(windows[:count])
 
 
-@torch.no_grad()
 def text_perplexity(model: Any, windows: torch.Tensor, context: int) -> float:
     """Perplexity a token of the windows' last tokens, with `context` tokens in sight, a begin first.
 
@@ -42,10 +41,8 @@ def text_perplexity(model: Any, windows: torch.Tensor, context: int) -> float:
     """
     total = 0.0
     targets = windows.shape[1] // SCORED_OF
-    model.eval()
     for rows in _batches(_begun(model, windows, context)):
-        logits = model(input_ids=rows, use_cache=False, logits_to_keep=targets + 1).logits[:, :-1].float()
-        total += cross_entropy(logits.transpose(1, 2), rows[:, -targets:], reduction="sum").item()
+        total += next_token_losses(model, rows, targets).sum().item()
     return math.exp(total / (len(windows) * targets))
 
 
@@ -73,15 +70,10 @@ def recall(model: Any, stream: torch.Tensor, ids: Ids, *, length: int, rows: int
     }
 
 
-@torch.no_grad()
 def streamed_perplexity(model: Any, windows: torch.Tensor, edges: Sequence[int]) -> dict[str, float]:
     """Perplexity a token of long texts read from their begin, for the tokens between each two of the edges."""
     rows = _begun(model, windows, windows.shape[1])
-    model.eval()
-    losses = []
-    for part in _batches(rows):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        losses.append(cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
+    losses = [next_token_losses(model, part) for part in _batches(rows)]
     each = torch.cat(losses).double()  # (rows, tokens - 1), of which the first is that of position 1
     return {
         f"{start}-{end}": math.exp(each[:, max(start - 1, 0) : end - 1].mean().item())
