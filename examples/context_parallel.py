@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 import torch
@@ -127,6 +128,8 @@ def main() -> None:
         say(f"rank {number}: a step sent {sent:,.0f} bytes and waited {waited:.3f} s for them; {rate:,.0f} tokens/s")
     dist.barrier()  # a rank that leaves while another still works may abort
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo outlive its groups, and may abort an interpreter that ends
 
 
 if __name__ == "__main__":

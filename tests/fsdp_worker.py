@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def main(folder: Path) -> None:
         model.save_pretrained(folder / "model", state_dict=state)
         (folder / "report.json").write_text(json.dumps(report))
     dist.barrier()  # a rank that leaves while another still works may abort
+    os._exit(0)  # and threads of gloo, which outlive its groups, may abort an interpreter that ends
 
 
 if __name__ == "__main__":
