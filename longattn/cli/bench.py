@@ -21,13 +21,14 @@ from longattn.bench.report import Run, tables, write_json
 from longattn.bench.rope import QUICK_ROPE, ROPE, compare_rope
 from longattn.bench.scaling import GRID, QUICK_GRID, fits, measure_scaling
 from longattn.bench.timing import Clock
+from longattn.cli.console import table_console
 from longattn.ops import dispatch
 
 __all__ = ["bench"]
 
 CPU_SHAPES, CPU_PEERS = SHAPES[:2], ["flex attention", "sdpa, dense mask"]
 LONG, QUICK_LONG = "B1 H2 S262144 D64 W512", "B1 H2 S2048 D64 W64"  # whose memory is measured
-WIDTH = 160  # of a table that goes to a file or a pipe, where rich would assume 80
+WIDTH = 160  # of a table that goes to a file or a pipe
 Say = Callable[[str], None]
 
 
@@ -69,9 +70,7 @@ def bench(
             peers_for(case.pattern, peer)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console, progress = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console, progress = table_console(WIDTH), Console(stderr=True)
     run = Run(" ".join(["longattn", *sys.argv[1:]]), machine_facts(), clock, load_average())
     with progress.status("starting", refresh_per_second=2) as status:
         run.ceilings = ceilings([DTYPES[name] for name in dtypes], rounds=rounds, clock=clock)

@@ -10,7 +10,7 @@ import typer
 
 __all__ = ["demo"]
 
-COLUMNS_WITHOUT_TERMINAL = 100
+WIDTH = 100  # of a table that goes to a file or a pipe
 
 
 def demo(
@@ -37,9 +37,8 @@ def demo(
 
 def _run(out: Path) -> None:
     import transformers
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from longattn.cli.console import late_progress, table_console, work_columns
     from longattn.demo.plots import write_plots
     from longattn.demo.report import print_results
     from longattn.demo.run import Settings, run_demo
@@ -47,22 +46,12 @@ def _run(out: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = Settings()
-    columns = (
-        BarColumn(24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading the standard library", total=settings.work())
-        results = run_demo(
-            out, settings, progress=lambda doing, work: bar.update(task, description=doing, advance=work)
-        )
-        bar.update(task, description="drawing")
+    with late_progress(*work_columns(), transient=True) as update:
+        update("reading the standard library", total=settings.work())
+        results = run_demo(out, settings, progress=lambda doing, work: update(doing, advance=work))
+        update("drawing")
         pictures = write_plots(results, out)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=COLUMNS_WITHOUT_TERMINAL)
+    console = table_console(WIDTH)
     print_results(results, console)
     console.print(f"\n{results.seconds:.0f} s. Wrote {', '.join(picture.name for picture in pictures)}, results.json")
     console.print(f"and checkpoints/ to {out}", soft_wrap=True, highlight=False)

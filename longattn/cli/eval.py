@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +14,11 @@ from longattn.cli.plan_flags import errors_in_one_line
 
 if TYPE_CHECKING:
     from longattn.evaluate.results import Settings
-    from longattn.evaluate.run import Progress
     from longattn.text import Document
 
 __all__ = ["eval", "parse_lengths"]
 
-WIDTH = 120  # of a table that goes to a file or a pipe, where rich would assume 80
+WIDTH = 120  # of a table that goes to a file or a pipe
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 DEVICES = ("cpu", "cuda")
 
@@ -147,8 +144,8 @@ def _run(
 ) -> None:
     import torch
     import transformers
-    from rich.console import Console
 
+    from longattn.cli.console import late_progress, table_console, work_columns
     from longattn.cli.eval_tables import tables
     from longattn.evaluate.page import write_page
     from longattn.evaluate.run import evaluate, work_of
@@ -160,7 +157,8 @@ def _run(
             raise ValueError(f"{name} must be a file in a folder that is there, got {str(path)!r}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with _progress(work_of(settings, len(models))) as progress:
+    total = work_of(settings, len(models))
+    with late_progress(*work_columns(), transient=True) as update:
         evaluation = evaluate(
             models,
             _documents(text, field, join),
@@ -169,11 +167,9 @@ def _run(
             saved=json_file,
             device=device,
             command=shlex.join(["longattn", *sys.argv[1:]]),
-            progress=progress,
+            progress=lambda doing, tokens: update(doing, total=total, advance=tokens),
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = table_console(WIDTH)
     for table in tables(evaluation):
         console.print(table)
     for path in (json_file, report):
@@ -194,31 +190,3 @@ def _documents(text: Path, field: str, join: bool) -> list[Document]:
     if join:
         return [Document(f"{len(documents)} texts, joined", "\n\n".join(doc.text for doc in documents))]
     return documents
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    """A bar on stderr that begins with the first piece measured, so that an error before it shows none."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    tasks: list[TaskID] = []
-
-    def update(doing: str, tokens: int) -> None:
-        if not tasks:
-            bar.start()
-            tasks.append(bar.add_task(doing, total=total))
-        bar.update(tasks[0], description=doing, advance=tokens)
-
-    try:
-        yield update
-    finally:
-        if tasks:
-            bar.stop()

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from longattn.cli.console import late_progress
 from longattn.cli.plan_flags import (
     AddToken,
     Attention,
@@ -111,8 +101,16 @@ def extend(
             return
         if dst is None:
             raise ValueError("DST is missing; give the folder to write, or --dry-run")
-        with _progress() as progress:
-            report = extend_checkpoint(src, dst, wanted, export=form, allow_pickle=allow_pickle, progress=progress)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn()
+        with late_progress(*columns, TransferSpeedColumn(), TimeRemainingColumn()) as update:
+            report = extend_checkpoint(
+                src,
+                dst,
+                wanted,
+                export=form,
+                allow_pickle=allow_pickle,
+                progress=lambda name, done, total: update(name, total=total, completed=done),
+            )
         typer.echo(str(report))
         typer.echo(f"wrote {dst}")
 
@@ -121,29 +119,3 @@ def _form(export: str | None) -> Literal["stock"] | None:
     if export is None or export == "stock":
         return export  # type: ignore[return-value]
     raise ValueError(f"--export must be stock, got {export!r}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr that begins with the first bytes, so that an error before them shows none."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: list[TaskID] = []
-
-    def update(name: str, done: int, total: int) -> None:
-        if not tasks:
-            bar.start()
-            tasks.append(bar.add_task(name, total=total))
-        bar.update(tasks[0], description=name, completed=done)
-
-    try:
-        yield update
-    finally:
-        if tasks:
-            bar.stop()

@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from longattn.cli.console import table_console
 from longattn.cli.plan_flags import (
     Attention,
     Factor,
@@ -27,7 +27,7 @@ from longattn.units import format_bytes, format_flops
 
 __all__ = ["inspect"]
 
-WIDTH = 120  # of a table that goes to a file or a pipe, where rich would assume 80
+WIDTH = 120  # of a table that goes to a file or a pipe
 
 
 def inspect(
@@ -87,9 +87,7 @@ def inspect(
                 output["ranks"] = over.to_dict()
             typer.echo(json.dumps(output, indent=2))
             return
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=WIDTH)
+        console = table_console(WIDTH)
         console.print(_layers(before, "layers" if after is None else "layers before"))
         if after is not None:
             console.print(_layers(after, "layers after"))
