@@ -8,7 +8,9 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "experiment"
 TINY = "--steps 3 --dense-steps 1 --half-steps 1 --tokens 256 --hidden 64 --layers 1 --length 64 --vocab 512"
-ROWS = ["x4_yarn_read", "linear_all_trained-leaking", "norms_trained-group64+shift", "all_trained-window64+"]
+ONCE = ["x4_none_read-full", "x4_yarn_read", "all_trained-full_rate-0.0003"]
+TO_BOTH_LENGTHS = ["linear_all_trained-leaking", "norms_trained-group64+shift", "all_trained-window64+"]
+ROWS = [*ONCE, *TO_BOTH_LENGTHS]
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +28,21 @@ def test_experiment_runs_goes_on_and_makes_its_table(tmp_path, capsys):
     flags = ["--bases", str(made), "--parts", str(tmp_path / "parts"), "--out", str(out), "--quick", "--files", "40"]
     extend.main([*flags, "--seeds", "0", "--only", *ROWS])
     results = json.loads(out.read_text())
-    assert len(results["rows"]) == len(ROWS) + 1  # leaking, to both lengths
+    assert len(results["rows"]) == len(ONCE) + 2 * len(TO_BOTH_LENGTHS)
     for row in results["rows"]:
         assert list(row["perplexity"]) == ["64", "128", "256", "512"] and min(row["perplexity"].values()) > 1
         assert ("training" in row) == (row["learns"] != "nothing")
     leaking = next(row for row in results["rows"] if row["train"] == "leaking")
     assert leaking["training"]["held_out_as_trained"] != leaking["training"]["held_out_as_read"]
+    (layer,) = results["rows"][0]["attention_on_first"]
+    assert len(layer) == 2 and all(0 < share < 1 for share in layer)
+    tried = next(row for row in results["rows"] if row["rate"] is not None)
+    assert tried["training"]["learning_rate"] == tried["rate"] == 3e-4
     capsys.readouterr()
     extend.main([*flags, "--seeds", "0", "--only", *ROWS])
     assert capsys.readouterr().out == ""  # all rows are there
     text = table.tables(results)
-    assert all(name in text for name in ("yarn", "leaking", "lora+embeddings+norms"))
+    assert all(name in text for name in ("yarn", "leaking", "lora+embeddings+norms", "0.0003", "most in layer 0"))
 
 
 def test_recall_rows_have_one_answer_to_each_question():

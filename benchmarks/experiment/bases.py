@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/experiment/bases"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--dense-steps", type=int, default=250, help="steps of facts and questions alone, at the start")
     parser.add_argument("--half-steps", type=int, default=100, help="steps at half the length after those")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")

@@ -21,7 +21,7 @@ from typing import Any
 import plans
 import torch
 from corpus import Ids, documents, token_stream, training_rows
-from scores import recall, streamed_perplexity, text_perplexity, text_windows
+from scores import attention_on_first, recall, streamed_perplexity, text_perplexity, text_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import attends, fine_tune, row_losses
 
@@ -76,6 +76,8 @@ class Bench:
             edges = [0, self.length // 2, *self.contexts, 2 * self.contexts[-1]]
             scores = streamed_perplexity(model, self.streams, edges)
             found["streamed"] = {part: round(score, 4) for part, score in scores.items()}
+        if plan is None:
+            found["attention_on_first"] = attention_on_first(model, self.windows, self.length)
         return found
 
     def _trained(self, model: Any, row: plans.Row, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -87,6 +89,7 @@ class Bench:
                 self.stream,
                 self.ids,
                 learns=row.learns,
+                rate=row.rate or plans.RATES[row.learns],
                 length=length,
                 steps=self.settings.steps,
                 rows=rows,
@@ -128,7 +131,7 @@ def run(
     benches: dict[int, Bench] = {}
     parts.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        for seed in seeds:
+        for seed in seeds if row.rate is None else seeds[:1]:
             path = parts / f"{row.name}_seed{seed}.json"
             if not (bases / f"seed-{seed}" / "training.json").exists():
                 continue

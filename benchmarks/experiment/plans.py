@@ -14,6 +14,9 @@ SINKS = 4
 RAISED_THETA = 500000.0
 METHODS = ("none", "linear", "ntk", "dynamic", "abf", "by-parts", "yarn", "llama3")
 Learns = Literal["nothing", "all", "lora", "lora+embeddings+norms"]
+# what learns -> its rate of learning: the best of those tried, by the held-out loss of the first seed
+RATES: dict[Learns, float] = {"all": 1e-3, "lora": 3e-3, "lora+embeddings+norms": 3e-3}
+TRIED: dict[Learns, tuple[float, ...]] = {"all": (3e-4, 1e-3, 3e-3), "lora+embeddings+norms": (1e-3, 3e-3, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Row:
         learns: which weights the fine-tune moves.
         train: the pattern of training: one of a plan's, or "leaking", LongLoRA's roll.
         serve: the pattern that the model is read with.
+        rate: of learning, in the rows that choose those of `RATES`, for one seed.
     """
 
     rope: str
@@ -33,6 +37,7 @@ class Row:
     learns: Learns = "nothing"
     train: str = "full"
     serve: str = "full"
+    rate: float | None = None
 
     @property
     def name(self) -> str:
@@ -40,6 +45,8 @@ class Row:
         parts = [f"x{self.factor}", self.rope]
         if self.learns != "nothing":
             parts += [self.learns, f"trained-{self.train}"]
+        if self.rate is not None:
+            parts.append(f"rate-{self.rate:g}")
         return "_".join([*parts, f"read-{self.serve}"]).replace(":", "")
 
     def plan(self, length: int) -> Plan | None:
@@ -65,6 +72,9 @@ def rows(length: int) -> Iterator[Row]:
             if method != "none" or factor == FACTORS[0]:
                 yield Row(method, factor)
     first, further = FACTORS
+    for learns, rates in TRIED.items():
+        for rate in rates:
+            yield Row("linear", first, learns, rate=rate)
     for pattern in (window, sinks):
         yield Row("none", first, serve=pattern)
         yield Row("yarn", further, serve=pattern)
@@ -83,3 +93,7 @@ def rows(length: int) -> Iterator[Row]:
     for method in METHODS:
         if method not in ("linear", "yarn"):
             yield Row(method, first, "all")
+    for pattern in (window, sinks):
+        yield Row("yarn", further, "all", pattern, pattern)
+    for train in ("full", f"{group}+shift"):
+        yield Row("linear", further, "lora+embeddings+norms", train)

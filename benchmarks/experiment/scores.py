@@ -81,6 +81,18 @@ def streamed_perplexity(model: Any, windows: torch.Tensor, edges: Sequence[int])
     }
 
 
+@torch.no_grad()
+def attention_on_first(model: Any, windows: torch.Tensor, context: int) -> list[list[float]]:
+    """The share of attention that the second half of the last `context` tokens pays the row's first, layer by head."""
+    model.set_attn_implementation("eager")
+    rows = _begun(model, windows, context)
+    paid = torch.zeros(model.config.num_hidden_layers, model.config.num_attention_heads)
+    for part in _batches(rows):
+        layers = model(input_ids=part, use_cache=False, output_attentions=True).attentions  # each (n, H, S, S)
+        paid += torch.stack([layer[:, :, context // 2 :, 0].mean(2).sum(0) for layer in layers])
+    return [[round(share, 4) for share in layer] for layer in (paid / len(rows)).tolist()]
+
+
 def _begun(model: Any, windows: torch.Tensor, context: int) -> torch.Tensor:
     rows = windows[:, -context:].clone()
     rows[:, 0] = model.config.bos_token_id

@@ -34,13 +34,23 @@ def merged(results: Results) -> list[Rows]:
 
 def tables(results: Results) -> str:
     """All tables, as markdown."""
-    groups = merged(results)
+    every = merged(results)
+    groups = [group for group in every if group[0].get("rate") is None]
+    tried = [group for group in every if group[0].get("rate") is not None]
+    looked = [row for row in results["rows"] if "attention_on_first" in row and row["learns"] == "nothing"]
     scored = [group for group in groups if group[0]["learns"] == "nothing"]
     tuned = [group for group in groups if group[0]["learns"] != "nothing"]
     streamed = [group for group in groups if "streamed" in group[0]]
     parts = [_table("Bases", _bases(results))]
+    if looked:
+        parts.append(
+            _table("Bases: the share of its attention that a head pays the row's first token", _firsts(looked))
+        )
     if scored:
         parts.append(_table("Nothing trained", _lengths(scored, ("factor", "rope", "serve"))))
+    if tried:
+        parts.append(_table("Rates of learning that were tried", _lengths(tried, (*COLUMNS, "rate"))))
+        parts.append(_table("The same: loss, speed, memory", _training(tried, (*COLUMNS, "rate"))))
     if tuned:
         parts.append(_table("Fine-tuned", _lengths(tuned, COLUMNS)))
         parts.append(_table("The fine-tunes: loss in training and on held-out rows, speed, memory", _training(tuned)))
@@ -66,6 +76,18 @@ def _bases(results: Results) -> list[list[str]]:
     ]
 
 
+def _firsts(rows: Rows) -> list[list[str]]:
+    """The head that pays most, layer by layer, and all heads' mean."""
+    layers = range(len(rows[0]["attention_on_first"]))
+    head = ["seed", *(f"most in layer {layer}" for layer in layers), "mean"]
+    body = []
+    for row in rows:
+        heads = [share for layer in row["attention_on_first"] for share in layer]
+        most = [f"{max(layer):.1%}" for layer in row["attention_on_first"]]
+        body.append([str(row["seed"]), *most, f"{sum(heads) / len(heads):.1%}"])
+    return [head, *body]
+
+
 def _lengths(groups: list[Rows], columns: tuple[str, ...]) -> list[list[str]]:
     """Perplexity and recall at every length."""
     contexts = list(groups[0][0]["perplexity"])
@@ -78,7 +100,7 @@ def _lengths(groups: list[Rows], columns: tuple[str, ...]) -> list[list[str]]:
     return [head, *body]
 
 
-def _training(groups: list[Rows]) -> list[list[str]]:
+def _training(groups: list[Rows], columns: tuple[str, ...] = COLUMNS) -> list[list[str]]:
     def value(name: str, part: str | None = None) -> Callable[[Mapping[str, Any]], float]:
         return lambda row: row["training"][name] if part is None else row["training"][name][part]
 
@@ -91,14 +113,14 @@ def _training(groups: list[Rows]) -> list[list[str]]:
         "tokens/s": (value("tokens_per_second"), 0),
         "peak MiB": (value("peak_mib"), 0),
     }
-    head = [*_heads(COLUMNS), *measures]
+    head = [*_heads(columns), *measures]
     body = []
     for group in groups:
         cells = []
         for get, digits in measures.values():
             values = [get(row) for row in group if get(row) is not None]
             cells.append(spread(values, digits) if values else "")
-        body.append([*_named(group, COLUMNS), *cells])
+        body.append([*_named(group, columns), *cells])
     return [head, *body]
 
 
@@ -138,6 +160,7 @@ def plot(results: Results, path: Path) -> None:
                 or first["learns"] != learns
                 or first["train"] != "full"
                 or first["serve"] != "full"
+                or first.get("rate") is not None
             ):
                 continue
             contexts = [int(n) for n in first["perplexity"]]

@@ -18,8 +18,6 @@ from torch.nn.functional import cross_entropy
 
 from longattn.train.recipes import longlora, merge
 
-# chosen beforehand, not tuned: adapters, which start from nothing, take twice the rate
-RATES = {"all": 1e-3, "lora": 2e-3, "lora+embeddings+norms": 2e-3}
 WARMUP_STEPS = 5
 # bytes from which glibc gives freed memory back at once, while a peak is measured and otherwise (the most it takes)
 MEASURED, USUAL = 1 << 20, 32 << 20
@@ -32,6 +30,7 @@ def fine_tune(
     ids: Ids,
     *,
     learns: str,
+    rate: float,
     length: int,
     steps: int,
     rows: int,
@@ -44,13 +43,13 @@ def fine_tune(
     """
     trained = _adapted(model, learns)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATES[learns], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses, firsts, seconds, peak = [], [], [], None
     trained.train()
     for step in range(steps):
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = RATES[learns] * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         draw = torch.Generator().manual_seed(7_000_003 * (seed + 1) + step)
         batch = training_rows(stream, ids, rows=rows, length=length, draw=draw)
         began = time.process_time()
@@ -69,7 +68,7 @@ def fine_tune(
     return trained.eval(), {
         "steps": steps,
         "tokens": steps * rows * length,
-        "learning_rate": RATES[learns],
+        "learning_rate": rate,
         "parameters_trained": sum(parameter.numel() for parameter in parameters),
         "loss": round(sum(losses[-tail:]) / tail, 4),
         "first": round(sum(firsts[-tail:]) / tail, 4),
@@ -82,8 +81,7 @@ def fine_tune(
 
 def row_losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
     """The loss of every token but the first of each row, (rows, length - 1)."""
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (rows, length - 1, V)
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]  # (rows, length - 1, V)
     return cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
 
 
