@@ -4,8 +4,8 @@
 
 The recall task of `corpus.py` comes first, alone and in short rows; then half of the rows are text of the standard
 library and half have the task among it. The context is 256 tokens: below that, YaRN's default of 32 rotations leaves no
-frequency unscaled. A run that was ended goes on from its last checkpoint. `training.json` beside each
-model records the text, the losses and what it recalls at its own length.
+frequency unscaled. Start it once a core: each takes seeds that no other has taken, and a run that was ended goes on
+from its last checkpoint. `training.json` beside each model records the text, the losses and its recall at its length.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ import torch
 import transformers
 from corpus import Ids, dense_rows, documents, text_facts, token_stream, train_tokenizer, training_rows
 from scores import recall, text_perplexity, text_windows
+from taking import taken
 from transformers import LlamaConfig, LlamaForCausalLM
 from tuning import objective, row_losses
+
+from longattn.demo.text import Document
 
 DENSE_PART = 4  # of the length, for rows without text, from which recall is learnt in a minute; among text it is not
 SAVE_EVERY = 200
@@ -122,43 +126,47 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # the numbers don't depend on the cores
-    args.out.mkdir(parents=True, exist_ok=True)
     trained, scored = documents(args.files)
     tokenizer = train_tokenizer(trained, args.vocab)
     tokenizer.model_max_length = args.length
-    stream, ids = token_stream(trained, tokenizer), Ids.of(tokenizer)
-    held_out = token_stream(scored, tokenizer)
-    print(f"{len(trained)} files, {len(stream):,} tokens", flush=True)
     for seed in args.seeds:
-        folder = args.out / f"seed-{seed}"
-        if folder.exists():
-            continue
-        torch.manual_seed(seed)
-        model = build_model(args, tokenizer)
-        print(f"seed {seed}: {model.num_parameters():,} parameters", flush=True)
-        history = train(model, stream, ids, seed, args)
-        record = {
-            "command": f"python benchmarks/experiment/bases.py --seeds {seed} --steps {args.steps} "
-            f"--dense-steps {args.dense_steps} --half-steps {args.half_steps} --tokens {args.tokens} "
-            f"--dense-lr {args.dense_lr} --lr {args.lr} --hidden {args.hidden} --layers {args.layers} "
-            f"--vocab {args.vocab}",
-            **text_facts(trained, scored),
-            "tokens_in_trained_files": len(stream),
-            "tokens_trained": args.steps * args.tokens,
-            "parameters": model.num_parameters(),
-            "perplexity": text_perplexity(
-                model, text_windows(scored, tokenizer, length=args.length, count=args.windows), args.length
-            ),
-            "recall": recall(model, held_out, ids, length=args.length, rows=64),
-            **history,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / f"seed-{seed}.part").unlink(missing_ok=True)
+        with taken(args.out / f"seed-{seed}" / "training.json") as mine:
+            if mine:
+                _make(seed, trained, scored, tokenizer, args)
+
+
+def _make(
+    seed: int, trained: Sequence[Document], scored: Sequence[Document], tokenizer: Any, args: argparse.Namespace
+) -> None:
+    """Train a base, score it, and write it to a folder of its own, the record last."""
+    folder = args.out / f"seed-{seed}"
+    stream, ids = token_stream(trained, tokenizer), Ids.of(tokenizer)
+    torch.manual_seed(seed)
+    model = build_model(args, tokenizer)
+    print(f"seed {seed}: {model.num_parameters():,} parameters", flush=True)
+    history = train(model, stream, ids, seed, args)
+    record = {
+        "command": f"python benchmarks/experiment/bases.py --seeds {seed} --steps {args.steps} "
+        f"--dense-steps {args.dense_steps} --half-steps {args.half_steps} --tokens {args.tokens} "
+        f"--dense-lr {args.dense_lr} --lr {args.lr} --hidden {args.hidden} --layers {args.layers} "
+        f"--vocab {args.vocab}",
+        **text_facts(trained, scored),
+        "tokens_in_trained_files": len(stream),
+        "tokens_trained": args.steps * args.tokens,
+        "parameters": model.num_parameters(),
+        "perplexity": text_perplexity(
+            model, text_windows(scored, tokenizer, length=args.length, count=args.windows), args.length
+        ),
+        "recall": recall(model, token_stream(scored, tokenizer), ids, length=args.length, rows=64),
+        **history,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / f"seed-{seed}.part").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

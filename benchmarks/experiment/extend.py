@@ -9,11 +9,8 @@ on where it was. Seeds without a base are left out.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import plans
 import torch
 from corpus import Ids, documents, token_stream, training_rows
 from scores import attention_on_first, recall, streamed_perplexity, text_perplexity, text_windows
+from taking import taken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuning import attends, fine_tune, row_losses
 
@@ -112,24 +110,11 @@ def _held_out(model: Any, batch: torch.Tensor, first: int) -> dict[str, float]:
     return {"loss": round(each.mean().item(), 4), "first": round(each[:, : first - 1].mean().item(), 4)}
 
 
-@contextlib.contextmanager
-def taken(path: Path) -> Iterator[bool]:
-    """Whether this process may measure the row of this file: nobody else is at it, and it isn't there yet."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield not path.exists()
-
-
 def run(
     bases: Path, parts: Path, rows: list[plans.Row], seeds: list[int], settings: Settings, files: int | None
 ) -> None:
     """Measure what is missing, row by row over the seeds, so that whatever time there is gives whole rows."""
     benches: dict[int, Bench] = {}
-    parts.mkdir(parents=True, exist_ok=True)
     for row in rows:
         for seed in seeds if row.rate is None else seeds[:1]:
             path = parts / f"{row.name}_seed{seed}.json"
