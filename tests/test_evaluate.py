@@ -23,6 +23,7 @@ from longattn.evaluate import (
     ScoringWindow,
     SlidingScore,
     encode,
+    greedy,
     leading_tokens,
     next_token_losses,
     score_last,
@@ -90,6 +91,27 @@ def test_losses_are_of_the_serving_pattern_and_the_mode_stays(model):
     assert changed.training and not torch.allclose(next_token_losses(model, tokens(1, 64)), expected, rtol=1e-3)
     with pytest.raises(ValueError, match="next_token_losses: keep must be 1 to 63 of 64 tokens, got 64"):
         next_token_losses(changed, tokens(1, 64), 64)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dynamic_rope_is_that_of_the_text_whatever_was_read_before(fused):
+    """transformers keeps the frequencies of the longest text; neither a loss nor an answer is to depend on that."""
+
+    def dynamic():
+        changed = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER)
+        longattn.extend(changed, None, longattn.Plan(rope={"rope_type": "dynamic", "factor": 4.0}))
+        return longattn.hf.use_fused_rope(changed) if fused else changed
+
+    ids, used = tokens(1, 600), dynamic()
+    next_token_losses(used, ids, 8)
+    for length in (400, 256):
+        expected = next_token_losses(dynamic(), ids[:, :length], 8)
+        assert torch.equal(next_token_losses(used, ids[:, :length], 8), expected)
+        next_token_losses(used, ids, 8)
+    prompt = ids[0, :300].tolist()
+    with_fresh = greedy(dynamic(), prompt, 12)
+    used(input_ids=ids)
+    assert greedy(used, prompt, 12) == with_fresh
 
 
 def test_windows_end_at_the_same_characters_whatever_the_tokenizer(tokenizer):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["next_token_losses", "serving"]
+__all__ = ["forget_lengths", "next_token_losses", "serving"]
 
 MAX_LOGITS = 1 << 25  # numbers that the head forms at a time: 128 MiB in float32
 
@@ -34,6 +34,26 @@ def serving(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def forget_lengths(model: nn.Module) -> None:
+    """Give "dynamic" rope the frequencies of a fresh model, as if no text had been read.
+
+    transformers keeps those of the longest text until one shorter than the original length comes, so that what a text
+    scores would depend on the texts before it.
+    """
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        if not hasattr(module, "original_max_seq_len") or "dynamic" not in str(types):
+            continue
+        prefixes = (
+            [f"{name}_" for name, kind in types.items() if kind == "dynamic"] if isinstance(types, dict) else [""]
+        )
+        for prefix in prefixes:
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            if isinstance(grown := getattr(module, f"{prefix}inv_freq", None), torch.Tensor):
+                original = getattr(module, f"{prefix}original_inv_freq")
+                module.register_buffer(f"{prefix}inv_freq", original.to(grown.device), persistent=False)
+
+
 def next_token_losses(
     model: PreTrainedModel, ids: Tensor, keep: int | None = None, *, max_logits: int = MAX_LOGITS
 ) -> Tensor:
@@ -41,7 +61,7 @@ def next_token_losses(
 
     The whole text goes through the layers once; the model's own head, with whatever its family does to logits, then
     runs on as many positions at a time as make `max_logits` numbers. Serving patterns are used, whatever mode the model
-    is in.
+    is in, and "dynamic" rope is that of these texts, whatever was read before.
 
     Args:
         model: transformers' causal language model.
@@ -67,6 +87,7 @@ def next_token_losses(
     ids = ids.to(model.device)
     targets = ids[:, -keep:]
     losses = []
+    forget_lengths(model)
     with serving(model):
         for start, logits in _logits(model, ids, keep, max_logits):
             wanted = targets[:, start : start + logits.shape[1]]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longattn.evaluate.losses import serving
+from longattn.evaluate.losses import forget_lengths, serving
 from longattn.evaluate.tasks import Task
 from longattn.wrappers import check_model
 
@@ -163,6 +163,7 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> list[
     # transformers 5.24 renamed the argument; the cache itself is changed in place
     renamed = "cache" in inspect.signature(model.forward).parameters
     cache = {"cache" if renamed else "past_key_values": DynamicCache(config=model.config)}
+    forget_lengths(model)
     with serving(model):
         while len(written) < new_tokens and (not written or written[-1] not in ends):
             output = model(input_ids=given, use_cache=True, logits_to_keep=1, return_dict=True, **cache)
