@@ -46,3 +46,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(home, tmp_path, recipe):
         assert all(torch.equal(expected[name][1][:64], base[name][1][:64]) for name in rows)
     if recipe == "full":
         assert rows == set(base)
+
+
+def test_a_run_that_goes_on_logs_and_saves_as_often_as_it_is_asked_to(home, tmp_path):
+    begun = spec(home, tmp_path / "out", steps=7)
+    with pytest.raises(Stop):
+        train(begun, progress=stop_at(3))
+    resumed = train(replace(begun, resume=True, log_every=4, save_every=5))
+    assert list(losses(resumed.log)) == [1, 2, 4, 5, 7]  # what is saved is logged too
+    assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"checkpoint-5", "checkpoint-7"}

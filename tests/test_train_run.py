@@ -206,6 +206,8 @@ def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
         (dict(field="body", text="rows.jsonl"), "must have text in the field 'body', got fields text"),
         (dict(rope={"rope_type": "yarn"}), "factor"),
         (dict(learning_rate=1e30, warmup=0, save_every=9), "the loss must stay finite, got nan at step 3; lower"),
+        (dict(learning_rate=1e30, warmup=0, save_every=3, log_every=9), "the loss must stay finite, got nan at step 3"),
+        (dict(learning_rate=1e30, warmup=0, save_every=9, log_every=9), "the loss must stay finite, got nan at step 4"),
         (dict(model="nowhere/else/at/all"), "neither a folder nor the id of a model"),
     ],
 )

@@ -35,7 +35,7 @@ from longattn.train.packing import PackedDataset, packed_dataset
 from longattn.train.recipes import longlora, new_rows
 from longattn.train.spec import TrainSpec
 from longattn.train.speed import TokensPerSecond
-from longattn.train.watch import Progress, StayFinite, Tell
+from longattn.train.watch import Progress, StayFinite, Steps, Tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ class _Run:
             _arguments(spec, out),
             train_dataset=rows,
             eval_dataset=held_out,
-            callbacks=[TokensPerSecond(), StayFinite(), log_file, Tell(tell)],
+            callbacks=[Steps(), StayFinite(), TokensPerSecond(), log_file, Tell(tell)],
         )
         trainer.remove_callback(PrinterCallback)
         return cls(spec, out, source, trainer, tokenizer, stored, log_file, rows)

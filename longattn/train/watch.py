@@ -8,14 +8,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-__all__ = ["Progress", "StayFinite", "Tell"]
+__all__ = ["Progress", "StayFinite", "Steps", "Tell"]
 
 # What is being done, steps done, steps in all, and the newest entries of the log.
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 class StayFinite(TrainerCallback):
-    """Ends a run whose loss is no number any more, before that is saved."""
+    """Ends a run whose loss is no number any more, before that is saved: what is saved is logged first."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         loss = state.log_history[-1].get("loss", 0.0)
@@ -24,6 +27,13 @@ class StayFinite(TrainerCallback):
                 f"train: the loss must stay finite, got {loss} at step {state.global_step}; lower learning_rate "
                 f"({args.learning_rate:g}) or lengthen warmup ({args.warmup_steps})"
             )
+
+
+class Steps(TrainerCallback):
+    """Logs and saves as often as this run is asked to; Trainer goes on as often as the run before it was."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class Tell(TrainerCallback):
