@@ -184,6 +184,20 @@ def test_bfloat16_and_checkpointing_train_the_same_weights_in_float32(home, tmp_
     assert losses(half.log) == pytest.approx(losses(plain.log), rel=2e-2)
     weights = [stored(run.checkpoint) for run in (plain, half)]
     assert all(value.dtype == torch.float32 for found in weights for _, value in found.values())
+    base = stored(tmp_path / "half" / "base")
+    assert all(torch.equal(value, base[name][1]) for name, (_, value) in weights[1].items() if "mlp" in name)
+
+
+def test_weights_keep_their_dtype_where_the_config_names_none(home, tmp_path):
+    shutil.copytree(home / "src", tmp_path / "src")
+    model = AutoModelForCausalLM.from_pretrained(home / "src", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "src")
+    config = read_json(tmp_path / "src" / "config.json")
+    del config["dtype"]
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    keys = dict(model=str(tmp_path / "src"), text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1)
+    trained = stored(train(TrainSpec.from_dict(keys)).checkpoint)
+    assert all(value.dtype == torch.float16 for _, value in trained.values())
 
 
 def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):

@@ -9,6 +9,7 @@ out/model/         the trained checkpoint, or out/adapter/: whole or absent
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from transformers import (
 from longattn.checkpoint import extend_checkpoint
 from longattn.checkpoint_source import read_config, read_json, source_folder
 from longattn.plan_yaml import dump_yaml
-from longattn.shards import Shards
+from longattn.shards import TORCH_DTYPES, Shards
 from longattn.train.outputs import LogFile, loss_plot, save_adapter, save_merged
 from longattn.train.packing import PackedDataset, packed_dataset
 from longattn.train.recipes import longlora, new_rows
@@ -133,13 +134,14 @@ class _Run:
     def prepared(cls, spec: TrainSpec, out: Path, tell: Progress) -> _Run:
         source = _source(spec, out, tell)
         stored = read_config(source)
+        stored.dtype = stored.dtype or _dtype_of_weights(source)
         _check_length(spec, stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
         tell("reading the text", 0, spec.steps, {})
         rows = _rows(spec, spec.text, tokenizer)
         held_out = None if spec.eval_text is None else _rows(spec, spec.eval_text, tokenizer)
         tell("loading the model", 0, spec.steps, {})
-        model = _with_recipe(spec, source, tokenizer)
+        model = _with_recipe(spec, source, tokenizer, stored.dtype)
         log_file = LogFile(out / LOG, spec)
         trainer = Trainer(
             model,
@@ -204,9 +206,21 @@ def _rows(spec: TrainSpec, text: str, tokenizer: PreTrainedTokenizerBase) -> Pac
     return packed_dataset(text, tokenizer, spec.length, separate=spec.separate_documents, field=spec.field)
 
 
-def _with_recipe(spec: TrainSpec, source: Path, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+def _dtype_of_weights(source: Path) -> torch.dtype:
+    """The dtype of most numbers, for configs that name none."""
+    sizes = dict.fromkeys(TORCH_DTYPES, 0)
+    for tensor in Shards.open(source):
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    return TORCH_DTYPES[max(sizes, key=sizes.__getitem__)]
+
+
+def _with_recipe(
+    spec: TrainSpec, source: Path, tokenizer: PreTrainedTokenizerBase, stored: torch.dtype
+) -> torch.nn.Module:
     """The model with the recipe's weights to train, those in float32."""
-    frozen = torch.bfloat16 if spec.bf16 and spec.recipe != "full" else torch.float32
+    # frozen weights are saved again: bfloat16 must not round them
+    frozen = torch.bfloat16 if spec.bf16 and spec.recipe != "full" and stored == torch.bfloat16 else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=frozen)
     vocabulary = tokenizer.get_vocab()
     unknown = [token for token in spec.tokens if token not in vocabulary]

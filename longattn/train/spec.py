@@ -79,7 +79,8 @@ class TrainSpec:
         rank, alpha, train_embeddings, train_norms: LongLoRA's, as `longattn.train.longlora`.
         new_tokens: tokens whose rows learn; by default those of the plan.
         adapter: "merge" folds what was trained into the checkpoint, "keep" writes it beside it.
-        bf16: matrix products in bfloat16; weights that learn stay float32.
+        bf16: matrix products in bfloat16; weights that learn stay float32, and so do frozen ones unless the
+            checkpoint is bfloat16 itself.
         gradient_checkpointing: form activations anew in the backward, which keeps less of them.
         seed: of the rows' order, and of adapters.
         log_every, save_every, eval_every: steps between entries of the log, checkpoints, evaluations.
