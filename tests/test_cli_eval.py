@@ -118,6 +118,31 @@ def test_stopped_run_goes_on_where_it_was(folder, done, monkeypatch):
         assert again["models"][1][name] == whole["models"][1][name]
 
 
+def test_run_that_goes_on_and_is_stopped_again_keeps_what_it_had(folder, done):
+    before, saved = json.loads((folder / "scores.json").read_text()), folder / "twice.json"
+    shutil.copy(folder / "scores.json", saved)
+    found = read_evaluation(saved)
+    seen = []
+
+    class Stop(BaseException):
+        pass
+
+    def stop(doing, tokens):
+        seen.append(doing)
+        if len(seen) == 2:  # the first was saved
+            raise Stop
+
+    names = [(model.role, model.name) for model in found.models]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.chdir(folder)
+        documents = list(load_documents("books"))
+        evaluate(names, documents, found.settings, text_name="books", saved=saved, progress=stop)
+    after = json.loads(saved.read_text())
+    assert not after["complete"]
+    for was, now in zip(before["models"], after["models"], strict=True):
+        assert was == {**now, "cells": sorted(now["cells"], key=was["cells"].index)}
+
+
 def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--json", "scores.json"]
@@ -125,6 +150,7 @@ def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
         (["--last", "16"], "whose last differs: expected 32, got 16"),
         (["--seed", "3"], "whose seed differs: expected 0, got 3"),
         (["--windows", "2"], "whose text, windows or the longest length differs"),
+        (["--sliding-windows", "3"], "whose sliding_windows differs: expected 2, got 3"),
     ):
         result = run(*arguments, *SMALL, *more)
         assert result.exit_code == 2 and message in result.stderr, result.output
@@ -151,6 +177,7 @@ def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
         (["--lengths", "256,4k"], "--text must hold one text of at least 4,096 tokens, the longest of --lengths, got"),
         (["--lengths", "16"], r"lengths must be above the last 32 tokens, which are scored, got 16; .*\(--last\)"),
         (["--retrieval", "needle"], "retrieval must be of passkey, multikey, got 'needle'"),
+        (["--retrieval", "passkey,passkey"], "retrieval must name each task once, got passkey, passkey"),
         (["--text", "nowhere"], "--text must be a file or a folder, got 'nowhere', which is not there"),
         (["--depths", "0,2"], "--depths must be 0 to 1, got '0,2'"),
         (["--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16, got 'int8'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Settings:
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown:
             raise ValueError(f"eval: retrieval must be of {', '.join(TASKS)}, got {unknown[0]!r}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"eval: retrieval must name each task once, got {', '.join(self.tasks)}")
 
 
 @dataclass
@@ -102,6 +104,17 @@ class ModelScores:
         """Share of all of a task's questions answered exactly."""
         cells = [cell for cell in self.cells if cell.task == task]
         return sum(cell.correct for cell in cells) / sum(cell.trials for cell in cells)
+
+    def with_rest_of(self, earlier: ModelScores) -> ModelScores:
+        """These scores, and those of an earlier run that are not taken over yet."""
+        cells = {(cell.task, cell.length, cell.depth) for cell in self.cells}
+        return replace(
+            self,
+            **({} if self.weights else {name: getattr(earlier, name) for name in ("weights", "facts", "plans")}),
+            last=self.last + [one for one in earlier.last if self.score(one.context) is None],
+            sliding=self.sliding + [one for one in earlier.sliding if self.slid(one.length) is None],
+            cells=self.cells + [one for one in earlier.cells if (one.task, one.length, one.depth) not in cells],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -184,7 +197,8 @@ def known_scores(earlier: Evaluation, now: Evaluation, path: Path) -> list[Model
         ValueError: it did not, and what differs.
     """
     then, wanted = asdict(earlier.settings), asdict(now.settings)
-    differing = {name: (then[name], wanted[name]) for name in ASKED_ALIKE if then[name] != wanted[name]}
+    alike = [*ASKED_ALIKE, *(["sliding_windows"] if then["sliding_windows"] and wanted["sliding_windows"] else [])]
+    differing = {name: (then[name], wanted[name]) for name in alike if then[name] != wanted[name]}
     if earlier.text["pieces_digest"] != now.text["pieces_digest"]:
         differing["text, windows or the longest length"] = (earlier.text["name"], now.text["name"])
     for model in now.models:
@@ -197,4 +211,4 @@ def known_scores(earlier: Evaluation, now: Evaluation, path: Path) -> list[Model
             f"eval: --json {path} holds another evaluation, whose {name} differs: expected {old_value}, got {value}; "
             "give another file"
         )
-    return earlier.models
+    return earlier.models if wanted["sliding_windows"] else [replace(model, sliding=[]) for model in earlier.models]

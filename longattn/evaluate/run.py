@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,20 @@ def evaluate(
         earlier, evaluation.commands = known_scores(found, evaluation, saved), found.commands
     evaluation.commands = [*evaluation.commands, *([command] if command else [])]
     evaluation.machine = _machine()
+    by_role = {scores.role: scores for scores in earlier}
+    olds = [by_role.get(scores.role, ModelScores(scores.name, scores.role)) for scores in evaluation.models]
 
     def save() -> None:
+        """Write what was measured, and until all is, what an earlier run has yet to give: this one may be stopped."""
         if saved is not None:
-            write_evaluation(evaluation, saved)
+            both = zip(evaluation.models, olds, strict=True)
+            rest = evaluation.models if evaluation.complete else [new.with_rest_of(old) for new, old in both]
+            write_evaluation(replace(evaluation, models=rest), saved)
 
-    for scores, tokenizer, windows in zip(evaluation.models, tokenizers, pieces, strict=True):
+    for scores, old, tokenizer, windows in zip(evaluation.models, olds, tokenizers, pieces, strict=True):
         model: Any = AutoModelForCausalLM.from_pretrained(scores.name, dtype=settings.dtype)
         model = model.to(device).eval()
         _describe(scores, model)
-        old = next((one for one in earlier if one.role == scores.role), ModelScores(scores.name, scores.role))
         if old.weights not in ("", scores.weights):
             raise ValueError(f"eval: --json {saved} was measured on other weights of {scores.name}; give another file")
         for doing, tokens in _measure(scores, old, model, tokenizer, windows, documents, settings):
