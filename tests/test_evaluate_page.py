@@ -126,6 +126,23 @@ def test_page_of_one_model_that_fails_is_still_a_page(evaluation):
     assert page_of(again) == page
 
 
+def test_page_of_an_evaluation_that_was_stopped_early(evaluation):
+    evaluation.models[1] = ModelScores("large", "after")
+    evaluation.complete = False
+    assert "Answers found, passkey: before 50%, after not asked yet." in findings(evaluation)
+    assert "did not end" in page_of(evaluation)
+
+
+@pytest.mark.parametrize("values", [(1e13, 3e13), (3.0, 1e200), (2.0, 1e13), (1e300, 1e307), (1.0, 1.0)])
+def test_chart_of_any_perplexities_has_few_ticks_around_them(values):
+    line = Line("a", "model", list(zip((64, 128), values, strict=True)))
+    chart = line_chart([line], x_label="x", y_label="y")
+    heights = [float(height) for height in re.findall(r'class="grid".*? y1="([\d.]+)"', chart)]
+    assert 1 <= len(heights) <= 14
+    points = re.search(r'points="([^"]*)"', chart)[1].split()
+    assert all(min(heights) - 0.1 <= float(point.split(",")[1]) <= max(heights) + 0.1 for point in points)
+
+
 def test_chart_keeps_its_lines_inside():
     lines = [Line("a", "before", [(64, 3.0), (128, 900.0)]), Line("b", "after", [(64, 3.0), (128, math.inf)])]
     chart = line_chart(lines, x_label="x", y_label="y", marks=[(64, "here"), (999, "outside")])

@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 720, 330
 LEFT, RIGHT, TOP, BOTTOM = 58, 112, 26, 46
 LOG_FROM = 4.0  # largest over smallest value from which the axis is logarithmic
 LABEL_HEIGHT = 16
+MOST_TICKS = 10
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ def _drawn(line: Line, placed: Sequence[tuple[float, float, int, float]]) -> str
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
     """Round values that enclose both ends, a handful of them."""
     if logarithmic:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        decades = range(math.floor(math.log10(low)), min(math.ceil(math.log10(high)), 308) + 1)  # 1e309 is no float
         steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
-        values = [step * 10.0**decade for decade in decades for step in steps]
+        values = [step * 10.0**decade for decade in decades[:: -(-len(decades) // MOST_TICKS)] for step in steps]
+        values += [10.0 ** decades[-1]] if values[-1] < high else []
     else:
         span = max(high - low, 0.02 * high, 1e-9)
-        step = next(f * 10.0**e for e in range(-9, 12) for f in (1, 2, 5) if f * 10.0**e >= span / 4)
+        decade = math.floor(math.log10(span / 4))
+        step = next(f * 10.0**e for e in (decade, decade + 1) for f in (1, 2, 5) if f * 10.0**e >= span / 4)
         values = [step * n for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
     below = [value for value in values if value <= low] or values[:1]
     above = [value for value in values if value >= high] or values[-1:]

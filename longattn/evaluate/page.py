@@ -84,9 +84,13 @@ def findings(evaluation: Evaluation) -> list[str]:
                 + (f", {now / was - 1:+.1%}." if math.isfinite(now / was) else ".")
             )
     for task in evaluation.settings.tasks:
-        rates = ", ".join(f"{_named(model)} {model.accuracy(task):.0%}" for model in models)
+        rates = ", ".join(f"{_named(model)} {_share(model.accuracy(task))}" for model in models)
         sentences.append(f"Answers found, {task}: {rates}.")
     return sentences
+
+
+def _share(accuracy: float) -> str:
+    return "not asked yet" if math.isnan(accuracy) else f"{accuracy:.0%}"
 
 
 def _found(evaluation: Evaluation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -101,9 +102,9 @@ class ModelScores:
         return next((score for score in self.sliding if score.length == length), None)
 
     def accuracy(self, task: str) -> float:
-        """Share of all of a task's questions answered exactly."""
+        """Share of all of a task's questions answered exactly, NaN where none was asked yet."""
         cells = [cell for cell in self.cells if cell.task == task]
-        return sum(cell.correct for cell in cells) / sum(cell.trials for cell in cells)
+        return sum(cell.correct for cell in cells) / sum(cell.trials for cell in cells) if cells else math.nan
 
     def with_rest_of(self, earlier: ModelScores) -> ModelScores:
         """These scores, and those of an earlier run that are not taken over yet."""
