@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from hf_models import build, build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from longattn.checkpoint import extend_checkpoint
@@ -21,6 +23,7 @@ from longattn.demo.text import read_documents
 from longattn.evaluate import TASKS, evaluate_retrieval, score_last, windows_at
 from longattn.evaluate.page import page_of
 from longattn.evaluate.results import Settings, read_evaluation
+from longattn.evaluate.retrieval import questions
 from longattn.evaluate.run import evaluate, work_of
 from longattn.plan import Plan
 from longattn.text import Document, load_documents
@@ -223,3 +226,42 @@ def test_function_reports_all_its_work(folder):
     )
     assert sum(work) == work_of(settings, 1)
     assert evaluation.models[0].score(128).windows == 2 and evaluation.models[0].score(64) is None
+
+
+def test_scored_tokens_that_fill_the_shortest_length_are_refused_as_such(folder):
+    tokenizer = build_tokenizer()
+    build("llama", torch.float32).save_pretrained(folder / "words")
+    tokenizer.save_pretrained(folder / "words")
+    text = " ".join(f"w{i % 50}" for i in range(300)) + " " + " ".join(f"w{i % 9}" for i in range(100))
+    settings = Settings([33, 48], last=32, windows=1, sliding_windows=0)
+    with pytest.raises(ValueError, match=r"lengths must hold all that is scored, got 33 tokens where .*\(--last\)"):
+        evaluate([("model", str(folder / "words"))], [Document("a", text)], settings, text_name="a")
+
+
+def test_every_question_is_tried_before_anything_is_measured(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "original")
+    shortest = 400
+    while True:
+        try:
+            for _ in questions(TASKS["multikey"], tokenizer, shortest, 0.5, 1, 0):
+                break
+            break
+        except ValueError:
+            shortest += 1
+    settings = Settings([shortest], last=32, windows=1, sliding_windows=0, tasks=["multikey"], depths=[0.5], trials=20)
+    done = []
+    with pytest.raises(ValueError, match="multikey: length must be at least"):
+        documents = list(load_documents(folder / "books"))
+        models = [("model", str(folder / "original"))]
+        evaluate(models, documents, settings, text_name="a", progress=lambda doing, tokens: done.append(doing))
+    assert not done
+
+
+def test_model_without_rope_is_measured_too(folder):
+    config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    build_tokenizer().save_pretrained(folder / "gpt2")
+    documents = [Document("a", " ".join(f"w{i % 50}" for i in range(600)))]
+    settings = Settings([64, 128], last=16, windows=2, sliding_windows=1)
+    evaluation = evaluate([("model", str(folder / "gpt2"))], documents, settings, text_name="a")
+    assert evaluation.models[0].facts["rope"] == "none" and evaluation.models[0].score(128).perplexity > 1

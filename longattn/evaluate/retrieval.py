@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longattn.evaluate.losses import forget_lengths, serving
-from longattn.evaluate.tasks import Task
+from longattn.evaluate.tasks import Question, Task
 from longattn.wrappers import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEPTHS", "Cell", "evaluate_retrieval", "greedy", "is_answer"]
+__all__ = ["DEPTHS", "Cell", "evaluate_retrieval", "greedy", "is_answer", "questions"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SPARE_TOKENS = 3  # beyond the answer's own: a model may write another space, or break the number otherwise
@@ -118,6 +118,14 @@ def evaluate_retrieval(
     return cells
 
 
+def questions(
+    task: Task, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, trials: int, seed: int
+) -> Iterator[Question]:
+    """What a cell asks, the same for every model."""
+    for trial in range(trials):
+        yield task.question(tokenizer, length, depth, random.Random(f"{seed}/{task.name}/{length}/{depth}/{trial}"))
+
+
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,9 +136,7 @@ def _measure(
     seed: int,
 ) -> Cell:
     wrong = []
-    for trial in range(trials):
-        draw = random.Random(f"{seed}/{task.name}/{length}/{depth}/{trial}")
-        question = task.question(tokenizer, length, depth, draw)
+    for question in questions(task, tokenizer, length, depth, trials, seed):
         written = greedy(model, question.ids, question.answer_tokens + SPARE_TOKENS)
         text = str(tokenizer.decode(written, skip_special_tokens=True))
         if not is_answer(text, question.answer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from longattn.evaluate.results import (
     read_evaluation,
     write_evaluation,
 )
-from longattn.evaluate.retrieval import Cell, evaluate_retrieval
+from longattn.evaluate.retrieval import Cell, evaluate_retrieval, questions
 from longattn.evaluate.tasks import TASKS
 from longattn.evaluate.windows import (
     ScoringWindow,
@@ -81,8 +81,10 @@ def evaluate(
     """
     tokenizers = [_tokenizer(name) for _, name in models]
     for tokenizer in tokenizers:
-        for task in settings.tasks:  # a length too short for a question is refused before anything is measured
-            TASKS[task].question(tokenizer, settings.lengths[0], 0.5, random.Random(settings.seed))
+        for task, depth in product(settings.tasks, settings.depths):
+            # a length too short for a question is refused before anything is measured
+            for _ in questions(TASKS[task], tokenizer, settings.lengths[0], depth, settings.trials, settings.seed):
+                pass
     pieces = _pieces(documents, tokenizers, settings)
     text = {
         "name": text_name,
@@ -202,6 +204,12 @@ def _pieces(documents: Sequence[Document], tokenizers: Sequence[Any], settings: 
     cut = [list(windows_at(ends, each, longest=longest, target_chars=target_chars)) for each in tokenizers]
     kept = [windows for windows in zip(*cut, strict=True) if None not in windows]
     fitting = [windows for windows in kept if all(_fits(window, settings) for window in windows)]
+    if kept and not fitting:
+        most = max(window.num_targets + (window.first is not None) for windows in kept for window in windows)
+        raise ValueError(
+            f"eval: lengths must hold all that is scored, got {settings.lengths[0]} tokens where the last "
+            f"{settings.last}, on average, are {most} in this text; score fewer (--last)"
+        )
     if not fitting:
         raise ValueError(_too_short(documents, tokenizer, longest))
     return [list(windows) for windows in zip(*fitting, strict=True)]
@@ -229,12 +237,13 @@ def _describe(scores: ModelScores, model: Any) -> None:
     record = read_record(config)
     if record is not None:
         scores.plans = [*record.get("earlier_plans", []), record["plan"]]
+    rope = getattr(config, "rope_parameters", None) or {}
     served, trained = layer_patterns(config), layer_patterns(config, "train_attention")
     scores.facts = {
         "family": config.model_type,
         "parameters": f"{model.num_parameters():,}",
         "length": f"{getattr(config, 'max_position_embeddings', '-')}",
-        "rope": ", ".join(f"{name} {value}" for name, value in (config.rope_parameters or {}).items()),
+        "rope": ", ".join(f"{name} {value}" for name, value in rope.items()) or "none",
         "attention": in_runs([str(one) for one in served]) if served else "the model's own",
         "attention in training": in_runs([str(one) for one in trained]) if trained else "as served",
         "rows of the vocabulary": f"{model.get_input_embeddings().weight.shape[0]:,}",
