@@ -136,6 +136,13 @@ def test_card_says_what_was_done(done):
     assert "No weight was trained" in (out / "base" / "README.md").read_text()
 
 
+def test_card_counts_the_tokens_that_were_read(home, tmp_path):
+    result = train(spec(home, tmp_path / "out", accumulate=4, steps=3))  # 14 rows, 8 a step
+    tokens = result.log["history"][-1]["tokens"]
+    assert tokens < 3 * 8 * LENGTH and f"3 steps, {tokens:,} tokens" in (result.checkpoint / "README.md").read_text()
+    assert result.log == json.loads((tmp_path / "out" / "log.json").read_text())
+
+
 def test_a_run_killed_while_it_writes_the_checkpoint_goes_on(done, home, tmp_path):
     out, _ = done
     part = tmp_path / "part"

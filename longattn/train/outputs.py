@@ -154,12 +154,14 @@ def _write_card(
 ) -> None:
     settings = {key: value for key, value in spec.to_dict().items() if key not in PLACES}
     base_model = None if Path(spec.model).expanduser().is_dir() else spec.model
-    what = [_what(spec, stored), *_measured(log["history"])]
+    what = [_what(spec, stored, log["history"]), *_measured(log["history"])]
     write_training_card(folder, what, settings, loading=loading, name=out.name, base_model=base_model)
 
 
-def _what(spec: TrainSpec, stored: Any) -> str:
-    tokens = spec.steps * spec.accumulate * spec.batch * spec.length
+def _what(spec: TrainSpec, stored: Any, history: Sequence[dict[str, Any]]) -> str:
+    tokens = max(
+        (entry.get("tokens", 0) for entry in history), default=0
+    )  # the last step of an epoch may have fewer rows
     whole = ["the embeddings"] * spec.train_embeddings + ["the norms"] * spec.train_norms
     learnt = {
         "full": "all weights",

@@ -90,7 +90,7 @@ def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
         run = _Run.prepared(spec, out, tell)
         log = run.train()
         tell("writing the checkpoint", spec.steps, spec.steps, {})
-        folder = run.finish(log)
+        folder, log = run.finish(log)
     except Exception:
         if fresh and not any((out / CHECKPOINTS).glob(f"*/{STATE}")):
             shutil.rmtree(out, ignore_errors=True)
@@ -169,14 +169,13 @@ class _Run:
             trainer.evaluate()
         return self.log_file.write(trainer.state.log_history)
 
-    def finish(self, log: dict[str, Any]) -> Path:
-        """Write the plot and, whole or not at all, what was trained."""
+    def finish(self, log: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Write the plot and, whole or not at all, what was trained; returns its folder, and the log of a whole run."""
         loss_plot(log["history"], self.out / PLOT)
         save = save_merged if self.spec.adapter == "merge" else save_adapter
         model = cast(torch.nn.Module, self.trainer.model)
         folder = save(model, self.tokenizer, self.spec, self.out, self.source, self.stored, log)
-        self.log_file.write(self.trainer.state.log_history, complete=True)
-        return folder
+        return folder, self.log_file.write(self.trainer.state.log_history, complete=True)
 
 
 def _source(spec: TrainSpec, out: Path, tell: Progress) -> Path:
