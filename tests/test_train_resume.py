@@ -55,3 +55,15 @@ def test_a_run_that_goes_on_logs_and_saves_as_often_as_it_is_asked_to(home, tmp_
     resumed = train(replace(begun, resume=True, log_every=4, save_every=5))
     assert list(losses(resumed.log)) == [1, 2, 4, 5, 7]  # what is saved is logged too
     assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"checkpoint-5", "checkpoint-7"}
+
+
+def test_a_run_does_not_go_on_with_another_text(home, tmp_path):
+    shutil.copytree(home / "text", tmp_path / "text")
+    begun = spec(home, tmp_path / "out", text=str(tmp_path / "text"))
+    with pytest.raises(Stop):
+        train(begun, progress=stop_at(3))
+    (tmp_path / "text" / "00.txt").write_text("w1 w2 " * 200)
+    with pytest.raises(ValueError, match="text must be what it was when the run in .* began"):
+        train(replace(begun, resume=True))
+    (tmp_path / "text" / "00.txt").unlink()
+    assert list(losses(train(replace(begun, resume=True)).log)) == [1, 2, 3, 4]

@@ -56,8 +56,8 @@ class LogFile(TrainerCallback):
     So a run that is stopped leaves its log.
     """
 
-    def __init__(self, path: Path, spec: TrainSpec) -> None:
-        self.path, self.spec = path, spec
+    def __init__(self, path: Path, spec: TrainSpec, rows: str = "") -> None:
+        self.path, self.spec, self.rows = path, spec, rows  # rows: their digest
         self._written = -SECONDS_BETWEEN
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,12 +68,26 @@ class LogFile(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state.log_history)
 
+    def check_rows(self) -> None:
+        """Refuse other rows than those that the log's run began with: some would come twice and some never.
+
+        Raises:
+            ValueError: the text, or what the tokenizer makes of it, has changed.
+        """
+        began = read_json(self.path).get("rows", self.rows) if self.path.is_file() else self.rows
+        if began != self.rows:
+            raise ValueError(
+                f"train: text must be what it was when the run in {self.spec.out} began, to go on with it, got "
+                f"{self.spec.text} with other tokens; name another out"
+            )
+
     def write(self, history: Sequence[dict[str, Any]], complete: bool = False) -> dict[str, Any]:
         """Write the file, whole or not at all, and return what it holds."""
         entries = [{KEPT[key]: value for key, value in entry.items() if key in KEPT} for entry in history]
         entries = [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
         versions = {name: build_info()[name] for name in ("longattn", "transformers", "torch", "python")}
-        log = {"complete": complete, "run": self.spec.to_dict(), "versions": versions, "history": entries}
+        run = {"complete": complete, "run": self.spec.to_dict(), "rows": self.rows}
+        log = {**run, "versions": versions, "history": entries}
         part = self.path.with_name(f".{self.path.name}.part")
         part.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         os.replace(part, self.path)

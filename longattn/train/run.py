@@ -142,7 +142,7 @@ class _Run:
         held_out = None if spec.eval_text is None else _rows(spec, spec.eval_text, tokenizer)
         tell("loading the model", 0, spec.steps, {})
         model = _with_recipe(spec, source, tokenizer, stored.dtype)
-        log_file = LogFile(out / LOG, spec)
+        log_file = LogFile(out / LOG, spec, rows.digest())
         trainer = Trainer(
             model,
             _arguments(spec, out),
@@ -157,6 +157,8 @@ class _Run:
         """Train to the last step, from the last whole checkpoint on; returns the log."""
         trainer, spec = self.trainer, self.spec
         last = _last_checkpoint(self.out / CHECKPOINTS)
+        if last is not None:
+            self.log_file.check_rows()
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and state.global_step >= spec.steps:  # Trainer would take one more step
             trainer._load_from_checkpoint(str(last))
