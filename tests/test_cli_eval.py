@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import torch
 from hf_models import build, build_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from longattn.checkpoint import extend_checkpoint
@@ -22,9 +22,9 @@ from longattn.demo import MODEL_FOLDER
 from longattn.demo.text import read_documents
 from longattn.evaluate import TASKS, evaluate_retrieval, score_last, windows_at
 from longattn.evaluate.page import page_of
-from longattn.evaluate.results import Settings, read_evaluation
+from longattn.evaluate.results import ModelScores, Settings, read_evaluation
 from longattn.evaluate.retrieval import questions
-from longattn.evaluate.run import evaluate, work_of
+from longattn.evaluate.run import _describe, evaluate, work_of
 from longattn.plan import Plan
 from longattn.text import Document, load_documents
 
@@ -172,6 +172,16 @@ def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
     (folder / "other.json").write_text("{}")
     result = run(*arguments[:-1], "other.json", *SMALL)
     assert result.exit_code == 2 and "must be new, or written by longattn eval" in result.stderr
+
+
+def test_weights_of_which_few_rows_differ_are_other_weights():
+    config = dict(vocab_size=8192, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    before, after = ModelScores("a", "model"), ModelScores("a", "model")
+    _describe(before, model)
+    model.model.embed_tokens.weight.data[5] += 1.0
+    _describe(after, model)
+    assert before.weights != after.weights
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import longattn.hf  # noqa: F401  (checkpoints whose attention was changed ask transformers for it)
@@ -39,7 +40,8 @@ from longattn.text import Document
 __all__ = ["Progress", "evaluate", "work_of"]
 
 Progress = Callable[[str, int], None]
-SAMPLED = 4096  # numbers of a tensor that its digest reads
+SAMPLED = 4096  # numbers of a tensor that its digest reads one by one
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE_CHARS = 20_000
 
 
@@ -254,7 +256,9 @@ def _describe(scores: ModelScores, model: Any) -> None:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED)].double().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        # all numbers, too, as integers, whose sum no order of adding changes: a few rows may be all that was trained
+        total = int(flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
+        digest.update(f"{name}{tuple(parameter.shape)}{total}".encode() + sample.numpy().tobytes())
     scores.weights = digest.hexdigest()[:16]
 
 
