@@ -124,7 +124,7 @@ def save_merged(
 ) -> Path:
     """Fold what was trained into the checkpoint, in the dtype it was stored in, beside what else its folder held."""
     folded = merge(model)
-    folded.to(stored.dtype)  # type: ignore[arg-type]
+    folded.to(stored.dtype)
     folded.config.use_cache = stored.use_cache  # Trainer switches it off
     folder = out / "model"
     with whole_or_absent(folder) as part:

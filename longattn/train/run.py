@@ -141,7 +141,7 @@ class _Run:
         rows = _rows(spec, spec.text, tokenizer)
         held_out = None if spec.eval_text is None else _rows(spec, spec.eval_text, tokenizer)
         tell("loading the model", 0, spec.steps, {})
-        model = _with_recipe(spec, source, tokenizer, stored.dtype)
+        model = _with_recipe(spec, source, tokenizer, cast(torch.dtype, stored.dtype))
         log_file = LogFile(out / LOG, spec, rows.digest())
         trainer = Trainer(
             model,
