@@ -11,6 +11,7 @@ from corpus import NUM_VALUES, Ids, recall_rows
 
 from longattn.demo.text import Document
 from longattn.evaluate import next_token_losses
+from longattn.evaluate.losses import forget_lengths
 
 TOKENS_AT_ONCE = 8192  # bounds the memory of a forward pass
 SCORED_OF = 16
@@ -57,6 +58,7 @@ def recall(model: Any, stream: torch.Tensor, ids: Ids, *, length: int, rows: int
     model.eval()
     right = []
     for part in _batches(batch):
+        forget_lengths(model)
         logits = model(input_ids=part, use_cache=False, logits_to_keep=2 * KEYS_ASKED).logits  # (n, 2 * keys, V)
         right.append(logits[:, ::2].argmax(-1) == part[:, -2 * KEYS_ASKED + 1 :: 2])
     correct = torch.cat(right).float()  # (rows, keys)
