@@ -70,3 +70,51 @@ def test_rolled_attention_shows_the_first_half_group_the_end(changed, sees):
     after, _ = leaking.rolled_attention(module, query, key, value, None)
     moved = (before != after).any(-1)[0]  # (S, H)
     assert moved[:3, 1].any() == sees and not moved[:3, 0].any()
+
+
+def test_a_file_is_taken_by_one_and_not_again_when_it_is_there(tmp_path):
+    from taking import taken
+
+    path = tmp_path / "rows" / "one.json"
+    with taken(path) as first, taken(path) as second:
+        assert first and not second
+    with taken(path) as again:  # the first did not make it
+        assert again
+        path.write_text("{}")
+    with taken(path) as late:
+        assert not late
+    assert [file.name for file in path.parent.iterdir()] == ["one.json"]
+
+
+def tiny_llama(**rope):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    positions = dict(max_position_embeddings=64, bos_token_id=0, rope_parameters={"rope_theta": 1e4, **rope})
+    return LlamaForCausalLM(LlamaConfig(vocab_size=400, **shape, **positions)).eval()
+
+
+def test_attention_on_the_first_token_is_that_of_even_attention():
+    from scores import attention_on_first
+
+    model = tiny_llama(rope_type="default")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    windows = torch.randint(0, 400, (3, 96), generator=torch.Generator().manual_seed(0))
+    even = sum(1 / (position + 1) for position in range(20, 40)) / 20
+    assert attention_on_first(model, windows, 40) == [[pytest.approx(even, abs=1e-4)] * 2] * 2
+
+
+def test_recall_reads_each_text_by_its_own_frequencies():
+    from corpus import NUM_KEYS, NUM_VALUES, Ids
+    from scores import recall
+
+    model = tiny_llama(rope_type="dynamic", factor=4.0)
+    facts = torch.arange(1, 1 + NUM_KEYS * NUM_VALUES).view(NUM_KEYS, NUM_VALUES)
+    ids = Ids(0, facts, torch.arange(200, 200 + NUM_KEYS), torch.arange(300, 300 + NUM_VALUES))
+    fresh = model.model.rotary_emb.inv_freq.clone()
+    model(torch.ones(1, 200, dtype=torch.int64))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, fresh)
+    recall(model, torch.full((300,), 350), ids, length=64, rows=2)
+    assert torch.equal(model.model.rotary_emb.inv_freq, fresh)

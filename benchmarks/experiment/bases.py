@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from scores import recall, text_perplexity, text_windows
 from taking import taken
 from transformers import LlamaConfig, LlamaForCausalLM
 from tuning import objective, row_losses
-
-from longattn.demo.text import Document
 
 DENSE_PART = 4  # of the length, for rows without text, from which recall is learnt in a minute; among text it is not
 SAVE_EVERY = 200
@@ -129,18 +126,26 @@ def main(argv: list[str] | None = None) -> None:
     trained, scored = documents(args.files)
     tokenizer = train_tokenizer(trained, args.vocab)
     tokenizer.model_max_length = args.length
+    stream, held_out = token_stream(trained, tokenizer), token_stream(scored, tokenizer)
+    windows = text_windows(scored, tokenizer, length=args.length, count=args.windows)
+    text = {**text_facts(trained, scored), "tokens_in_trained_files": len(stream)}
     for seed in args.seeds:
         with taken(args.out / f"seed-{seed}" / "training.json") as mine:
             if mine:
-                _make(seed, trained, scored, tokenizer, args)
+                _make(seed, stream, held_out, windows, text, tokenizer, args)
 
 
 def _make(
-    seed: int, trained: Sequence[Document], scored: Sequence[Document], tokenizer: Any, args: argparse.Namespace
+    seed: int,
+    stream: torch.Tensor,
+    held_out: torch.Tensor,
+    windows: torch.Tensor,
+    text: dict[str, Any],
+    tokenizer: Any,
+    args: argparse.Namespace,
 ) -> None:
     """Train a base, score it, and write it to a folder of its own, the record last."""
-    folder = args.out / f"seed-{seed}"
-    stream, ids = token_stream(trained, tokenizer), Ids.of(tokenizer)
+    folder, ids = args.out / f"seed-{seed}", Ids.of(tokenizer)
     torch.manual_seed(seed)
     model = build_model(args, tokenizer)
     print(f"seed {seed}: {model.num_parameters():,} parameters", flush=True)
@@ -150,14 +155,11 @@ def _make(
         f"--dense-steps {args.dense_steps} --half-steps {args.half_steps} --tokens {args.tokens} "
         f"--dense-lr {args.dense_lr} --lr {args.lr} --hidden {args.hidden} --layers {args.layers} "
         f"--vocab {args.vocab}",
-        **text_facts(trained, scored),
-        "tokens_in_trained_files": len(stream),
+        **text,
         "tokens_trained": args.steps * args.tokens,
         "parameters": model.num_parameters(),
-        "perplexity": text_perplexity(
-            model, text_windows(scored, tokenizer, length=args.length, count=args.windows), args.length
-        ),
-        "recall": recall(model, token_stream(scored, tokenizer), ids, length=args.length, rows=64),
+        "perplexity": text_perplexity(model, windows, args.length),
+        "recall": recall(model, held_out, ids, length=args.length, rows=64),
         **history,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -173,9 +173,8 @@ def _write_card(
 
 
 def _what(spec: TrainSpec, stored: Any, history: Sequence[dict[str, Any]]) -> str:
-    tokens = max(
-        (entry.get("tokens", 0) for entry in history), default=0
-    )  # the last step of an epoch may have fewer rows
+    # as counted, since the last step of an epoch may have fewer rows
+    tokens = max((entry.get("tokens", 0) for entry in history), default=0)
     whole = ["the embeddings"] * spec.train_embeddings + ["the norms"] * spec.train_norms
     learnt = {
         "full": "all weights",
