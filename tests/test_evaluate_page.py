@@ -143,6 +143,10 @@ def test_chart_of_any_perplexities_has_few_ticks_around_them(values):
     assert all(min(heights) - 0.1 <= float(point.split(",")[1]) <= max(heights) + 0.1 for point in points)
 
 
+def test_chart_of_the_largest_perplexity_there_is():
+    assert "<svg" in line_chart([Line("a", "model", [(64, 1.0), (128, 1.7e308)])], x_label="x", y_label="y")
+
+
 def test_chart_keeps_its_lines_inside():
     lines = [Line("a", "before", [(64, 3.0), (128, 900.0)]), Line("b", "after", [(64, 3.0), (128, math.inf)])]
     chart = line_chart(lines, x_label="x", y_label="y", marks=[(64, "here"), (999, "outside")])

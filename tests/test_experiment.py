@@ -95,15 +95,18 @@ def tiny_llama(**rope):
     return LlamaForCausalLM(LlamaConfig(vocab_size=400, **shape, **positions)).eval()
 
 
-def test_attention_on_the_first_token_is_that_of_even_attention():
+def test_attention_on_the_first_token_is_of_the_later_half_after_a_begin():
     from scores import attention_on_first
 
     model = tiny_llama(rope_type="default")
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.zero_()
-    windows = torch.randint(0, 400, (3, 96), generator=torch.Generator().manual_seed(0))
-    even = sum(1 / (position + 1) for position in range(20, 40)) / 20
-    assert attention_on_first(model, windows, 40) == [[pytest.approx(even, abs=1e-4)] * 2] * 2
+        layer.self_attn.q_proj.weight.data *= 50  # so that no two tokens get alike
+    windows = torch.randint(1, 400, (3, 96), generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([torch.zeros(3, 1, dtype=torch.int64), windows[:, -39:]], 1)
+    model.set_attn_implementation("eager")
+    layers = model(rows, output_attentions=True).attentions
+    expected = [[layer[:, head, 20:, 0].mean().item() for head in range(2)] for layer in layers]
+    assert attention_on_first(model, windows, 40) == [pytest.approx(heads, abs=1e-4) for heads in expected]
 
 
 def test_recall_reads_each_text_by_its_own_frequencies():
