@@ -29,6 +29,7 @@ TENSOR_CORES = re.compile(r"window_attn_(fwd|decode|bwd_query|bwd_key) ")
 NARROW_STORE = re.compile(r"\bSTG\.E(?!\.128)")
 WIDE_STORES_ONLY = re.compile(r"rope_kernel \w+ (4|8) ")  # every access of these kernels moves 16 bytes
 WARPGROUPS = re.compile(r"window_attn_\w+_sm90 ")  # kernels that are built for sm_90a alone
+ROW_SPILLS = {192: 16, 256: 96}  # bytes of those, by head dim, between two tiles of rows
 SERIALISED = re.compile(r"\(C75\d\d\)")  # ptxas: products wait for each other, or registers are not moved
 Kernels = dict[str, dict[str, int]]
 
@@ -135,7 +136,7 @@ def faults(measured: dict[str, Kernels], budgets: dict[str, Kernels]) -> list[st
         for name, kernel in kernels.items():
             tiled = TENSOR_CORES.match(name)
             head_dim = int(name.split()[2]) if tiled or WARPGROUPS.match(name) else 0
-            if kernel["spills"] > (0 if head_dim <= 128 else 64 if tiled else 32 if head_dim > 192 else 0):
+            if kernel["spills"] > (64 if tiled and head_dim > 128 else ROW_SPILLS.get(head_dim, 0)):
                 found.append(f"{arch} {name}: {kernel['spills']} bytes of spills")
             found += [f"{arch} {name}: no {op}" for op in ("HMMA", "LDSM", "LDGSTS") if tiled and not kernel[op]]
             if WIDE_STORES_ONLY.match(name) and kernel["narrow_stores"]:

@@ -118,8 +118,11 @@ __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.com
 __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // What this thread wrote to shared memory becomes visible to copies and products, behind the next barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// A barrier of one warpgroup; id 1 to 15, as 0 is __syncthreads.
-__device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// A barrier of so many warpgroups; id 1 to 15, as 0 is __syncthreads.
+template <int kWarpgroups>
+__device__ __forceinline__ void sync_warpgroups(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(128 * kWarpgroups) : "memory");
+}
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -138,9 +141,8 @@ __device__ __forceinline__ void wgmma_wait(float (&sum)[kSize], float (&other)[k
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(other[i])::"memory");
 }
 
-#define SIMT_R0                                            \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SIMT_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define SIMT_R0 SIMT_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define SIMT_R1 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define SIMT_R2 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define SIMT_R3                                                      \
@@ -156,22 +158,23 @@ __device__ __forceinline__ void wgmma_wait(float (&sum)[kSize], float (&other)[k
 #define SIMT_F32(i) SIMT_F16(i), SIMT_F16(i + 16)
 #define SIMT_LIST(...) __VA_ARGS__
 
-// Sums of 64 x 64: A [64, 16] and B [64, 16] in shared memory, both with contiguous k; replaced where !kAdd.
-template <typename Type, bool kAdd>
-__device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b) {
-  if constexpr (std::is_same_v<Type, Bf16>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SIMT_R0 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : SIMT_F32(0)
-        : "l"(a), "l"(b), "n"(kAdd));
-  else
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SIMT_R0 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : SIMT_F32(0)
-        : "l"(a), "l"(b), "n"(kAdd));
-}
+// Sums of 64 x kN: A [64, 16] and B [kN, 16] in shared memory, both with contiguous k; replaced where !kAdd.
+#define SIMT_WGMMA_SS(kN, kSums, registers, operands, a_and_b, add)                                      \
+  template <typename Type, bool kAdd>                                                                    \
+  __device__ __forceinline__ void wgmma_ss(float(&d)[kSums], uint64_t a, uint64_t b) {                   \
+    if constexpr (std::is_same_v<Type, Bf16>)                                                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN \
+                   "k16.f32.bf16.bf16 {" registers "}, " a_and_b ", p, 1, 1, 0, 0;\n}"                   \
+                   : operands                                                                            \
+                   : "l"(a), "l"(b), "n"(kAdd));                                                         \
+    else                                                                                                 \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN \
+                   "k16.f32.f16.f16 {" registers "}, " a_and_b ", p, 1, 1, 0, 0;\n}"                     \
+                   : operands                                                                            \
+                   : "l"(a), "l"(b), "n"(kAdd));                                                         \
+  }
+SIMT_WGMMA_SS(32, 16, SIMT_R16, SIMT_LIST(SIMT_F16(0)), "%16, %17", "%18")
+SIMT_WGMMA_SS(64, 32, SIMT_R0, SIMT_LIST(SIMT_F32(0)), "%32, %33", "%34")
 
 // Adds to sums of 64 x kN: A [64, 16] in registers, B [16, kN] in shared memory with contiguous n.
 #define SIMT_WGMMA_RS(kN, kSums, registers, operands, rest)                                        \
@@ -196,6 +199,7 @@ SIMT_WGMMA_RS(192, 96, SIMT_R0 "," SIMT_R1 "," SIMT_R2 "," SIMT_R3, SIMT_LIST(SI
 SIMT_WGMMA_RS(256, 128, SIMT_R0 "," SIMT_R1 "," SIMT_R2 "," SIMT_R3 "," SIMT_R4,
               SIMT_LIST(SIMT_F32(0), SIMT_F32(32), SIMT_F32(64), SIMT_F32(96)), "{%128,%129,%130,%131}, %132")
 
+#undef SIMT_WGMMA_SS
 #undef SIMT_WGMMA_RS
 }  // namespace simt
 #endif

@@ -2,9 +2,10 @@
 // queries that meet them, one set of packed heads after the other.
 //
 // dV = sum over queries of P dO, dK = scale * sum of dS Q: rows are K and V, streamed are Q and dO with their RowStats,
-// which a warp of its own brings. dK and dV are staged over K and V. A tile of columns holds 64 >> packed_bits queries
-// of 2^packed_bits heads. See window_attn_bwd_tile_sm90.cuh, and window_attn_bwd_span.cuh for sinks, whose sums beyond
-// the band are formed before and added here.
+// which a warp of its own brings. dK and dV are staged over K and V. Where a thread can't hold both sums (head dims
+// above 128), two warpgroups share 64 keys, one for dK and one for dV, and each forms S. A tile of columns holds 64 >>
+// packed_bits queries of 2^packed_bits heads. See window_attn_bwd_tile_sm90.cuh, and window_attn_bwd_span.cuh for
+// sinks, whose sums beyond the band are formed before and added here.
 #pragma once
 
 #include "window_attn_bwd_span.cuh"
@@ -15,13 +16,14 @@ namespace longattn::cuda {
 // A tile of keys and the queries of one set of heads.
 template <class Traits>
 struct alignas(16) KeyPlan {
-  static constexpr int kCleared = -1, kSums = 2;
+  static constexpr int kCleared = -1;
   static constexpr bool kColumnStats = true;
+  static_assert(Traits::kColumns == 64);
 
   HopperPlace place;
   Range span;     // the queries to walk
   int step_bits;  // log2 of the queries of a tile of columns
-  HopperVisits groups[Traits::kConsumers];
+  HopperVisits groups[Traits::kRowGroups];
   Range seen_by[Traits::kRows];  // the queries that see each key
   Range sums[Traits::kRows];     // where each key's sums lie, with the last set of heads
 
@@ -95,7 +97,7 @@ __device__ __forceinline__ void plan_keys(const HopperBackwardParams& p,
       for (int i = lane; i < Traits::kRows; i += 32) plan.sums[i] = keys().sums_of(place.first_row + i);
     }
     __syncwarp();
-    if (lane < Traits::kConsumers) plan_keys_of_group(plan, lane, keys().is_ordered());
+    if (lane < Traits::kRowGroups) plan_keys_of_group(plan, lane, keys().is_ordered());
     __syncwarp();
     if (lane == 0) simt::mbarrier_arrive(shared.barrier(Shared::kPlanFull + plans.stage));
   });
@@ -136,19 +138,21 @@ __device__ __forceinline__ void copy_stats(const HopperBackwardParams& p,
   });
 }
 
-template <class Traits>
-struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>> {
+// A warpgroup that sums dK, dV or both.
+template <class Traits, bool kOfKeys, bool kOfValues>
+struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>, kOfKeys, kOfValues> {
   using Plan = KeyPlan<Traits>;
-  using Base = HopperGradients<Traits, Plan>;
-  using Base::Base, Base::p, Base::group, Base::row, Base::shared, Base::sum;
+  using Base = HopperGradients<Traits, Plan, kOfKeys, kOfValues>;
+  using Base::Base, Base::p, Base::row, Base::row_group, Base::shared, Base::sum;
+  static constexpr int kFirst = kOfKeys ? 0 : 1, kLast = kOfValues ? 1 : 0;  // outputs
 
   // Adds what sinks got from queries beyond the band.
   __device__ __forceinline__ void add_sink_sums(const Plan& plan, int half) {
-    const auto [chunk, sink] = plan.sums[group * Traits::kGroupRows + row() + 8 * half];
+    const auto [chunk, sink] = plan.sums[row_group() * Traits::kGroupRows + row() + 8 * half];
     if (chunk < 0) return;
     const int64_t set = static_cast<int64_t>(plan.place.batch) * p.attention.kv_heads + plan.place.row_head;
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
+    for (int which = kFirst; which <= kLast; ++which) {
       const float* from =
           p.sink_sums + (((set * p.sink_chunks + chunk) * 2 + which) * p.sink_keys + sink) * p.attention.head_dim;
 #pragma unroll
@@ -156,7 +160,7 @@ struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>> {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int channel = 8 * d + 2 * static_cast<int>(threadIdx.x % 4) + i;
-          if (channel < p.attention.head_dim) sum[which][4 * d + 2 * half + i] += from[channel];
+          if (channel < p.attention.head_dim) sum[which - kFirst][4 * d + 2 * half + i] += from[channel];
         }
     }
   }
@@ -168,7 +172,7 @@ struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>> {
         return [of_columns](int block, int, int i) { return of_columns[8 * block + i]; };
       };
       const auto bits = [&](int begin) {
-        const Range* seen_by = plan.seen_by + group * Traits::kGroupRows + row();
+        const Range* seen_by = plan.seen_by + row_group() * Traits::kGroupRows + row();
         return [=, this](int half, int word) {
           const auto column = [&](int query) { return smaller(larger(query - begin, 0), 64) << p.packed_bits; };
           return Range{column(seen_by[8 * half].begin), column(seen_by[8 * half].end)}.bits(32 * word);
@@ -177,14 +181,14 @@ struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>> {
       Base::walk(plan, stats, bits);
     };
     const auto end = [&](const Plan& plan) {
-      this->template write<2>(plan.place, [&] {
+      this->template write<kFirst, kLast>(plan.place, [&] {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (p.sink_chunks > 0) add_sink_sums(plan, half);
 #pragma unroll
-          for (int which = 0; which < 2; ++which)
-            stage_row<Traits>(shared.memory + Base::Shared::rows(this->slot(this->wave), which), sum[which], half,
-                              row() + 8 * half, which == 0 ? p.attention.scale : 1.0f);
+          for (int which = kFirst; which <= kLast; ++which)
+            stage_row<Traits>(shared.memory + Base::Shared::rows(this->slot(this->wave), which), sum[which - kFirst],
+                              half, row() + 8 * half, which == 0 ? p.attention.scale : 1.0f);
         }
       });
     };
@@ -200,7 +204,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const HopperShared<Traits, KeyPlan<Traits>> shared(memory);
   run_hopper_block<Traits>(
       p, shared, [&] { plan_keys<Traits>(p, shared); }, [&] { copy_stats<Traits>(p, shared); },
-      [&] { KeyGradients<Traits>(p, shared).run(); });
+      [&] {
+        if constexpr (Traits::kRowGroups == Traits::kConsumers)
+          KeyGradients<Traits, true, true>(p, shared).run();
+        else if (simt::uniform(static_cast<int>(threadIdx.x) / 128) == 0)
+          KeyGradients<Traits, true, false>(p, shared).run();
+        else
+          KeyGradients<Traits, false, true>(p, shared).run();
+      });
 #endif
 }
 

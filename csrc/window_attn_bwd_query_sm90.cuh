@@ -11,14 +11,12 @@
 namespace longattn::cuda {
 
 template <class Traits>
-struct QueryGradientPlan : QueryPlan<Traits::kConsumers, 0> {  // K is what weights are multiplied with
-  static constexpr int kSums = 1;
-};
+using QueryGradientPlan = QueryPlan<Traits::kConsumers, 0>;  // K is what weights are multiplied with
 
 template <class Traits>
-struct QueryGradients : HopperGradients<Traits, QueryGradientPlan<Traits>> {
+struct QueryGradients : HopperGradients<Traits, QueryGradientPlan<Traits>, true, false> {
   using Plan = QueryGradientPlan<Traits>;
-  using Base = HopperGradients<Traits, Plan>;
+  using Base = HopperGradients<Traits, Plan, true, false>;
   using Base::Base, Base::p, Base::group, Base::row, Base::shared;
   RowStats own[2];  // of this lane's rows
 
@@ -50,7 +48,7 @@ struct QueryGradients : HopperGradients<Traits, QueryGradientPlan<Traits>> {
       Base::walk(plan, stats, bits);
     };
     const auto end = [&](const Plan& plan) {
-      this->template write<1>(plan.place, [&] {
+      this->template write<0, 0>(plan.place, [&] {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           stage_row<Traits>(shared.memory + Base::Shared::rows(this->slot(this->wave), 0), this->sum[0], half,

@@ -22,11 +22,11 @@ template <class Traits>
 cudaError_t launch_query_pass(const BackwardParams& b, cudaStream_t stream) {
   HopperBackwardParams p = params_of_passes(b);
   HopperMaps<Traits> maps{p};
-  maps.query(p.rows[0], b.forward.query);
-  maps.query(p.rows[1], b.grad_out);
-  maps.key(p.streamed[0], b.forward.key);
-  maps.key(p.streamed[1], b.forward.value);
-  maps.query(p.out[0], b.grad_query);
+  maps.query(p.rows[0], b.forward.query, Traits::kGroupRows);
+  maps.query(p.rows[1], b.grad_out, Traits::kGroupRows);
+  maps.key(p.streamed[0], b.forward.key, Traits::kColumns);
+  maps.key(p.streamed[1], b.forward.value, Traits::kColumns);
+  maps.query(p.out[0], b.grad_query, Traits::kGroupRows);
   if (!maps.made ||
       !deal_tiles(p, b.forward.rows.num_queries, Traits::kRows >> p.packed_bits, b.forward.heads >> p.packed_bits))
     return cudaErrorInvalidValue;
@@ -42,12 +42,12 @@ cudaError_t launch_key_pass(const BackwardParams& b, cudaStream_t stream) {
   HopperBackwardParams p = params_of_passes(b);
   p.parts = b.forward.heads / b.forward.kv_heads >> p.packed_bits;
   HopperMaps<Traits> maps{p};
-  maps.key(p.rows[0], b.forward.key);
-  maps.key(p.rows[1], b.forward.value);
-  maps.query(p.streamed[0], b.forward.query);
-  maps.query(p.streamed[1], b.grad_out);
-  maps.key(p.out[0], b.grad_key);
-  maps.key(p.out[1], b.grad_value);
+  maps.key(p.rows[0], b.forward.key, Traits::kGroupRows);
+  maps.key(p.rows[1], b.forward.value, Traits::kGroupRows);
+  maps.query(p.streamed[0], b.forward.query, Traits::kColumns);
+  maps.query(p.streamed[1], b.grad_out, Traits::kColumns);
+  maps.key(p.out[0], b.grad_key, Traits::kGroupRows);
+  maps.key(p.out[1], b.grad_value, Traits::kGroupRows);
   if (!maps.made || !deal_tiles(p, b.forward.rows.num_keys, Traits::kRows, b.forward.kv_heads))
     return cudaErrorInvalidValue;
   dim3 grid;
@@ -65,7 +65,8 @@ cudaError_t launch_passes_sm90(const BackwardParams& b, cudaStream_t stream) {
 
 template <typename Type>
 cudaError_t choose_passes_sm90(const BackwardParams& b, cudaStream_t stream) {
-  // Of each pass: head dim, warpgroups that compute, stages of columns, slots of a warpgroup, tensors of rows.
+  // Of each pass: head dim, warpgroups that compute, stages of columns, slots of rows, tensors of rows; then columns of
+  // a tile and sets of rows, where these are not 64 and a set a warpgroup.
   const int head_dim = b.forward.head_dim;
   if constexpr (is_built(64))
     if (head_dim <= 64)
@@ -76,6 +77,13 @@ cudaError_t choose_passes_sm90(const BackwardParams& b, cudaStream_t stream) {
   if constexpr (is_built(128))
     if (head_dim <= 128)
       return launch_passes_sm90<HopperTraits<Type, 128, 2, 2, 2, 2>, HopperTraits<Type, 128, 2, 2, 2, 2>>(b, stream);
+  if constexpr (is_built(192))
+    if (head_dim <= 192)
+      return launch_passes_sm90<HopperTraits<Type, 192, 2, 2, 1, 2>, HopperTraits<Type, 192, 2, 2, 2, 2, 64, 1>>(
+          b, stream);
+  if constexpr (is_built(256))
+    return launch_passes_sm90<HopperTraits<Type, 256, 2, 2, 1, 2, 32>, HopperTraits<Type, 256, 2, 2, 1, 2, 64, 1>>(
+        b, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -87,7 +95,6 @@ bool sm90_takes(const BackwardParams& b) {
 
 const char* why_not_sm90(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
-  if (p.head_dim > kMostChannelsOfGradients) return "a head dim of at most 128 in the backward";
   const char* reason = why_not_sm90(p);
   for (const TensorView* x : {&b.grad_out, &b.grad_query})
     if (!reason) reason = why_no_map(*x, p.batch, p.heads, p.rows.num_queries);

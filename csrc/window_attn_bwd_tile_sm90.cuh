@@ -3,10 +3,10 @@
 // Rows are queries (Q, dO) and columns keys (K, V) in the pass for dQ; rows are keys (K, V) and columns queries (Q, dO)
 // in the pass for dK and dV. The product of the first of each gives the logits, from which the weights P follow by the
 // saved log-sum-exp, that of the second dP, and dS = P (dP - delta). The sums are dS times the first streamed tensor
-// and, for keys, P times the second. dS and P go from registers into the products. While a warpgroup forms them, the
-// products of the others run: a tile takes four times as long to multiply as in the forward, or three, and as many
-// exponentials, so that two of them keep the tensor cores busy. Registers: kSums * kD / 2 + 64 a thread, as the weights
-// take the place of what they are formed from.
+// (dQ, dK) and P times the second (dV); a warpgroup has the one, the other or both. dS and P go from registers into the
+// products. While a warpgroup forms them, the products of the others run: a tile takes four times as long to multiply
+// as in the forward, or three, and as many exponentials, so that two of them keep the tensor cores busy. Registers:
+// kSums * kD / 2 + kColumns a thread, as the weights take the place of what they are formed from.
 #pragma once
 
 #include "window_attn_ring_sm90.cuh"
@@ -19,17 +19,18 @@ struct HopperBackwardParams : HopperParams {
   int sink_keys, sink_chunks;
 };
 
-template <class Traits, class Plan>
+// kOfLogits: the sum of dS times the first streamed tensor; kOfValues: that of P times the second.
+template <class Traits, class Plan, bool kOfLogits, bool kOfValues>
 struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   using Base = HopperConsumer<Traits, Plan, HopperBackwardParams>;
-  using Base::Base, Base::p, Base::shared, Base::group, Base::logits, Base::ring, Base::wave;
-  using Base::release, Base::skip, Base::slot, Base::wait_for;
+  using Base::Base, Base::p, Base::shared, Base::logits, Base::ring, Base::wave;
+  using Base::release, Base::row_group, Base::skip, Base::slot, Base::wait_for;
   using typename Base::Operand, typename Base::Shared;
-  static constexpr int kSums = Plan::kSums, kWidth = Traits::kColumns / 2;
+  static constexpr int kSums = kOfLogits + kOfValues, kWidth = Traits::kColumns / 2;
 
   float sum[kSums][Traits::kD / 2];
   float s[kWidth], dp[kWidth];
-  HopperWeights<Traits> weights[kSums];  // dS, P
+  HopperWeights<Traits> weights[kSums];  // dS, then P
 
   __device__ __forceinline__ void start() {
 #pragma unroll
@@ -81,7 +82,7 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
     int t = 0;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      const Range run = plan.groups[group].runs[i];
+      const Range run = plan.groups[row_group()].runs[i];
       const int begin = simt::uniform(run.begin), end = simt::uniform(run.end);
       if (t >= end) continue;
 #pragma unroll 1
@@ -90,7 +91,7 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
       for (; t < end; ++t) {
         multiply_rows(first, second);
         differentiate(stats(ring.stage));
-        if (!simt::uniform(plan.groups[group].interior.holds(t))) mask(bits(plan.begin(t)));
+        if (!simt::uniform(plan.groups[row_group()].interior.holds(t))) mask(bits(plan.begin(t)));
         add_products();
         ring.advance();
         this->release_last_output();
@@ -102,27 +103,36 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   }
 
  private:
+  // The streamed tensor that this warpgroup needs no more once s and dp are there, -1 for none.
+  static constexpr int kPassedOnEarly = !kOfLogits ? 0 : kOfValues || Plan::kColumnStats ? -1 : 1;
+
   __device__ __forceinline__ void multiply_rows(Operand first, Operand second) {
     wait_for(0, ring);
     simt::wgmma_fence();
     multiply_columns<Traits>(s, first, this->columns(0, ring));
-    wait_for(1, ring);
-    simt::wgmma_fence();
-    multiply_columns<Traits>(dp, second, this->columns(1, ring));
+    if constexpr (kOfLogits) {
+      wait_for(1, ring);
+      simt::wgmma_fence();
+      multiply_columns<Traits>(dp, second, this->columns(1, ring));
+    }
     simt::wgmma_commit();
-    simt::wgmma_wait<0>(s, dp);
-    if constexpr (kSums == 1) release(1, ring);
+    if constexpr (kOfLogits)
+      simt::wgmma_wait<0>(s, dp);
+    else
+      simt::wgmma_wait<0>(s);
+    if constexpr (kPassedOnEarly >= 0) release(kPassedOnEarly, ring);
+    if constexpr (!kOfLogits) wait_for(1, ring);  // the columns' statistics are behind it
   }
   __device__ __forceinline__ void add_products() {
     simt::wgmma_fence();
 #pragma unroll
     for (int which = 0; which < kSums; ++which)
-      multiply_weights<Traits>(sum[which], weights[which], this->weighted(which, ring));
+      multiply_weights<Traits>(sum[which], weights[which], this->weighted(kOfLogits ? which : 1, ring));
     simt::wgmma_commit();
     simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);
     __syncwarp();  // all lanes have read the columns' statistics
-    release(0, ring);
-    if constexpr (kSums == 2) release(1, ring);
+    if constexpr (kPassedOnEarly != 0) release(0, ring);
+    if constexpr (kPassedOnEarly != 1) release(1, ring);
   }
 
   template <bool kCapped, typename Stats>
@@ -140,8 +150,8 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
           ds[i] = p_of[i] * (dp[4 * block + 2 * half + i] - own.delta) * slope;
         }
         const int n = block / 2, at = block % 2 * 2 + half;
-        weights[0][n][at] = Traits::Type::pack(ds[0], ds[1]);
-        if constexpr (kSums == 2) weights[1][n][at] = Traits::Type::pack(p_of[0], p_of[1]);
+        if constexpr (kOfLogits) weights[0][n][at] = Traits::Type::pack(ds[0], ds[1]);
+        if constexpr (kOfValues) weights[kSums - 1][n][at] = Traits::Type::pack(p_of[0], p_of[1]);
       }
   }
 };

@@ -11,10 +11,10 @@ cudaError_t launch_sm90(const AttentionParams& attention, cudaStream_t stream) {
   p.attention = attention;
   p.packed_bits = packed_bits(attention);
   HopperMaps<Traits> maps{p};
-  maps.query(p.rows[0], attention.query);
-  maps.key(p.streamed[0], attention.key);
-  maps.key(p.streamed[1], attention.value);
-  maps.query(p.out[0], attention.out);
+  maps.query(p.rows[0], attention.query, Traits::kGroupRows);
+  maps.key(p.streamed[0], attention.key, Traits::kColumns);
+  maps.key(p.streamed[1], attention.value, Traits::kColumns);
+  maps.query(p.out[0], attention.out, Traits::kGroupRows);
   if (!maps.made ||
       !deal_tiles(p, attention.rows.num_queries, Traits::kRows >> p.packed_bits, attention.heads >> p.packed_bits))
     return cudaErrorInvalidValue;

@@ -187,7 +187,7 @@ struct ForwardConsumer : HopperConsumer<Traits, Plan, HopperParams> {
   // Writes the log-sum-exp, stages O in the slot of Q and has it copied out.
   __device__ __forceinline__ void finish(const Plan& plan) {
     const AttentionParams& attention = p.attention;
-    this->template write<1>(plan.place, [&] {
+    this->template write<0, 0>(plan.place, [&] {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int packed_row = group * Traits::kGroupRows + row() + 8 * half;

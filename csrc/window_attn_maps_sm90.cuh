@@ -41,9 +41,10 @@ inline int packed_bits(const AttentionParams& p) {
   return bits;
 }
 
-// Boxes hold 64 rows: `packed` heads of each token.
+// Boxes hold so many rows: `packed` heads of each token.
 template <class Traits>
-bool map_of(simt::TensorMap& map, const TensorView& x, const AttentionParams& p, int heads, int tokens, int packed) {
+bool map_of(simt::TensorMap& map, const TensorView& x, const AttentionParams& p, int heads, int tokens, int packed,
+            int rows) {
   const auto stride = [](int64_t size, int64_t elements) {
     return static_cast<uint64_t>(size > 1 ? 2 * elements : 16);
   };
@@ -52,21 +53,22 @@ bool map_of(simt::TensorMap& map, const TensorView& x, const AttentionParams& p,
       {static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(heads), static_cast<uint64_t>(tokens),
        static_cast<uint64_t>(p.batch)},
       {stride(heads, x.head_stride), stride(tokens, x.token_stride), stride(p.batch, x.batch_stride)},
-      {Traits::kPanelChannels, static_cast<uint32_t>(packed), static_cast<uint32_t>(64 / packed), 1},
+      {Traits::kPanelChannels, static_cast<uint32_t>(packed), static_cast<uint32_t>(rows / packed), 1},
       Traits::kRowBytes);
 }
 
-// Maps of tensors like query or like key.
+// Maps of tensors like query or like key, in boxes of 64 rows or of a tile's columns.
 template <class Traits>
 struct HopperMaps {
   const HopperParams& p;
   bool made = true;
 
-  void query(simt::TensorMap& map, const TensorView& x) {
-    made &= map_of<Traits>(map, x, p.attention, p.attention.heads, p.attention.rows.num_queries, 1 << p.packed_bits);
+  void query(simt::TensorMap& map, const TensorView& x, int rows) {
+    made &=
+        map_of<Traits>(map, x, p.attention, p.attention.heads, p.attention.rows.num_queries, 1 << p.packed_bits, rows);
   }
-  void key(simt::TensorMap& map, const TensorView& x) {
-    made &= map_of<Traits>(map, x, p.attention, p.attention.kv_heads, p.attention.rows.num_keys, 1);
+  void key(simt::TensorMap& map, const TensorView& x, int rows) {
+    made &= map_of<Traits>(map, x, p.attention, p.attention.kv_heads, p.attention.rows.num_keys, 1, rows);
   }
 };
 

@@ -76,6 +76,7 @@ __device__ __forceinline__ void plan_group(Plan& plan, const HopperParams& p, co
 template <class Traits, class Plan>
 __device__ __forceinline__ void plan_queries(const HopperParams& p, const HopperShared<Traits, Plan>& shared) {
   using Shared = HopperShared<Traits, Plan>;
+  static_assert(Traits::kRowGroups == Traits::kConsumers);
   const AttentionParams& attention = p.attention;
   const int lane = threadIdx.x % 32, positions = Traits::kRows >> p.packed_bits;
   visit_plans<Plan>(p, [&](int wave, int, int turn) {

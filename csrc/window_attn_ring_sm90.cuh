@@ -1,11 +1,12 @@
 // What the kernels for compute capability 9.0 share: blocks that stay on their multiprocessor and take tiles of rows in
 // turn, the slots and rings that tiles are copied into ahead, and how a warpgroup walks them.
 //
-// A warpgroup that computes has 64 rows, of one tensor or of two, in a slot of its own. Tiles of 64 columns of two
-// tensors are streamed to all of them through rings of kStages. One warp plans tiles, two ahead; one thread has tiles
-// copied as the plans say. Both run ahead of the warpgroups that compute: the next tile's plan, rows and first columns
-// arrive during this one's end. Shared memory: rows [kSlots][kConsumers][kRowTensors]; columns [2][kStages], all in
-// panels of 64 rows; statistics of columns; two plans; barriers.
+// A warpgroup that computes has 64 rows, of one tensor or of two, in a slot of its own, or of all where kRowGroups
+// is 1. Tiles of kColumns columns of two tensors are streamed to all of them through rings of kStages. One warp plans
+// tiles, two ahead; one thread has tiles copied as the plans say. Both run ahead of the warpgroups that compute: the
+// next tile's plan, rows and first columns arrive during this one's end. Shared memory: rows
+// [kSlots][kRowGroups][kRowTensors] and columns [2][kStages], in panels of 64 rows and of kColumns; statistics of
+// columns; two plans; barriers.
 #pragma once
 
 #include "simt90.h"
@@ -13,21 +14,27 @@
 
 namespace longattn::cuda {
 
-template <typename Type_, int kD_, int kConsumers_, int kStages_, int kSlots_, int kRowTensors_>
+template <typename Type_, int kD_, int kConsumers_, int kStages_, int kSlots_, int kRowTensors_, int kColumns_ = 64,
+          int kRowGroups_ = kConsumers_>
 struct HopperTraits {
   using Type = Type_;
   static constexpr int kD = kD_, kConsumers = kConsumers_, kStages = kStages_, kSlots = kSlots_;
   static constexpr int kRowTensors = kRowTensors_;
-  static constexpr int kGroupRows = 64, kColumns = 64, kRows = kGroupRows * kConsumers;
+  static constexpr int kColumns = kColumns_, kRowGroups = kRowGroups_;
+  static constexpr int kGroupRows = 64, kRows = kGroupRows * kRowGroups;
+  static_assert(kColumns == 32 || kColumns == 64);
+  static_assert(kRowGroups == kConsumers || kRowGroups == 1);
   static constexpr int kThreads = 128 * kConsumers + 128;
   // Registers are given up to those that compute: what launch bounds leave a thread is 168 or 128.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = kConsumers == 2 ? 224 : 152;
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536 / kThreads / 8 * 8 * kThreads);
   static constexpr int kRowBytes = kD % 64 == 0 ? 128 : 64, kPanelChannels = kRowBytes / 2;
-  static constexpr int kPanels = kD / kPanelChannels, kPanelBytes = 64 * kRowBytes;
-  static constexpr int kTileBytes = kPanels * kPanelBytes;  // of 64 rows of anything
-  static_assert(kD % kPanelChannels == 0 && kPanelBytes % 1024 == 0);
+  // Of 64 rows, and of a tile's columns.
+  static constexpr int kPanels = kD / kPanelChannels, kRowPanel = kGroupRows * kRowBytes,
+                       kRowTile = kPanels * kRowPanel;
+  static constexpr int kColumnPanel = kColumns * kRowBytes, kColumnTile = kPanels * kColumnPanel;
+  static_assert(kD % kPanelChannels == 0 && kColumnPanel % 1024 == 0);
   using Operand = simt::Operand<kRowBytes>;
 };
 
@@ -77,9 +84,9 @@ template <class Traits, class Plan_>
 struct HopperShared {
   using Plan = Plan_;
   static constexpr int kConsumers = Traits::kConsumers, kStages = Traits::kStages;
-  static constexpr int kRowSlots = Traits::kSlots * kConsumers;
-  static constexpr int kStreamed = kRowSlots * Traits::kRowTensors * Traits::kTileBytes;
-  static constexpr int kStats = kStreamed + 2 * kStages * Traits::kTileBytes;
+  static constexpr int kRowSlots = Traits::kSlots * Traits::kRowGroups;
+  static constexpr int kStreamed = kRowSlots * Traits::kRowTensors * Traits::kRowTile;
+  static constexpr int kStats = kStreamed + 2 * kStages * Traits::kColumnTile;
   static constexpr int kStatsBytes = Traits::kColumns * static_cast<int>(sizeof(RowStats));  // of a stage
   static constexpr int kPlans = kStats + (Plan::kColumnStats ? kStages * kStatsBytes : 0);
   static constexpr int kBarriers = kPlans + 2 * static_cast<int>(sizeof(Plan));
@@ -106,10 +113,10 @@ struct HopperShared {
   }
   // Bytes from the start.
   __device__ __forceinline__ static int rows(int slot, int which) {
-    return (slot * Traits::kRowTensors + which) * Traits::kTileBytes;
+    return (slot * Traits::kRowTensors + which) * Traits::kRowTile;
   }
   __device__ __forceinline__ static int streamed(int which, uint32_t stage) {
-    return kStreamed + (which * kStages + static_cast<int>(stage)) * Traits::kTileBytes;
+    return kStreamed + (which * kStages + static_cast<int>(stage)) * Traits::kColumnTile;
   }
   __device__ __forceinline__ RowStats* stats(uint32_t stage) const {
     return reinterpret_cast<RowStats*>(memory + kStats + static_cast<int>(stage) * kStatsBytes);
@@ -124,7 +131,7 @@ struct HopperShared {
       }
     };
     constexpr int kStatsWarps = Plan::kColumnStats ? 1 : 0;
-    init(kRowsFull, kRowSlots, 1, 1);
+    init(kRowsFull, kRowSlots, 1, kConsumers / Traits::kRowGroups);
     init(kStreamFull, kStages, 1, 4 * kConsumers);
     init(kStreamFull + 2 * kStages, kStages, 1 + kStatsWarps, 4 * kConsumers);
     init(kPlanFull, 2, 1, 4 * kConsumers + 1 + kStatsWarps);
@@ -149,25 +156,24 @@ __device__ __forceinline__ void visit_plans(const HopperParams& p, const Visit& 
     for (int part = 0; part < Plan::parts(p); ++part, ++turn) visit(wave, part, turn);
 }
 
-// Has the panels of a tile of 64 rows copied.
-template <class Traits>
+// Has the panels of a tile copied.
+template <class Traits, int kPanel>
 __device__ __forceinline__ void load_panels(uint32_t to, const simt::TensorMap& map, uint32_t barrier, int head,
                                             int token, int batch) {
 #pragma unroll
   for (int panel = 0; panel < Traits::kPanels; ++panel)
-    simt::load_box(to + panel * Traits::kPanelBytes, map, barrier,
-                   {panel * Traits::kPanelChannels, head, token, batch});
+    simt::load_box(to + panel * kPanel, map, barrier, {panel * Traits::kPanelChannels, head, token, batch});
 }
 
-// Zeros from row `first` of a tile of 64 on: slots of a cache that were never written may hold NaNs, which no weight of
+// Zeros from column `first` of a tile on: slots of a cache that were never written may hold NaNs, which no weight of
 // zero would hide.
 template <class Traits>
-__device__ __forceinline__ void clear_rows(unsigned char* tile, int first) {
+__device__ __forceinline__ void clear_columns(unsigned char* tile, int first) {
 #pragma unroll 1
   for (int panel = 0; panel < Traits::kPanels; ++panel)
 #pragma unroll 1
-    for (int at = first * Traits::kRowBytes; at < Traits::kPanelBytes; at += 16)
-      *reinterpret_cast<simt::Chunk*>(tile + panel * Traits::kPanelBytes + at) = simt::Chunk{};
+    for (int at = first * Traits::kRowBytes; at < Traits::kColumnPanel; at += 16)
+      *reinterpret_cast<simt::Chunk*>(tile + panel * Traits::kColumnPanel + at) = simt::Chunk{};
 }
 
 // The thread that has tiles copied, in the order in which they are used.
@@ -188,13 +194,13 @@ struct HopperCopies {
     const uint32_t full = shared.full(which, ring.stage), aside = shared.barrier(Shared::kAside);
     const int offset = Shared::streamed(which, ring.stage);
     const bool whole = which != Plan::kCleared || begin + Traits::kColumns <= plan.written();
-    simt::mbarrier_arrive_expect(whole ? full : aside, Traits::kTileBytes);
-    load_panels<Traits>(shared.base + offset, p.streamed[which], whole ? full : aside, plan.place.streamed_head, begin,
-                        plan.place.batch);
+    simt::mbarrier_arrive_expect(whole ? full : aside, Traits::kColumnTile);
+    load_panels<Traits, Traits::kColumnPanel>(shared.base + offset, p.streamed[which], whole ? full : aside,
+                                              plan.place.streamed_head, begin, plan.place.batch);
     if (whole) return;
     simt::mbarrier_wait(aside, aside_parity);
     aside_parity ^= 1;
-    clear_rows<Traits>(shared.memory + offset, larger(plan.written() - begin, 0));
+    clear_columns<Traits>(shared.memory + offset, larger(plan.written() - begin, 0));
     simt::fence_async_proxy();
     simt::mbarrier_arrive(full);
   }
@@ -202,16 +208,16 @@ struct HopperCopies {
   __device__ __forceinline__ void load_rows(const HopperPlace& place, int wave) {
     const Ring<Traits::kSlots> slots = place_in_ring<Traits::kSlots>(wave);
 #pragma unroll 1
-    for (int group = 0; group < Traits::kConsumers; ++group) {
-      const int slot = static_cast<int>(slots.stage) * Traits::kConsumers + group;
+    for (int group = 0; group < Traits::kRowGroups; ++group) {
+      const int slot = static_cast<int>(slots.stage) * Traits::kRowGroups + group;
       const uint32_t full = shared.barrier(Shared::kRowsFull + slot);
       const int token = place.first_row + (group * Traits::kGroupRows >> Plan::row_bits(p));
       simt::mbarrier_wait(shared.barrier(Shared::kRowsFree + slot), slots.parity ^ 1);
-      simt::mbarrier_arrive_expect(full, Traits::kRowTensors * Traits::kTileBytes);
+      simt::mbarrier_arrive_expect(full, Traits::kRowTensors * Traits::kRowTile);
 #pragma unroll
       for (int which = 0; which < Traits::kRowTensors; ++which)
-        load_panels<Traits>(shared.base + Shared::rows(slot, which), p.rows[which], full, place.row_head, token,
-                            place.batch);
+        load_panels<Traits, Traits::kRowPanel>(shared.base + Shared::rows(slot, which), p.rows[which], full,
+                                               place.row_head, token, place.batch);
     }
   }
 
@@ -235,7 +241,7 @@ struct HopperCopies {
   }
 };
 
-// Issues sum = rows columns^T, of 64 x 64.
+// Issues sum = rows columns^T, of 64 x kColumns.
 template <class Traits>
 __device__ __forceinline__ void multiply_columns(float (&sum)[Traits::kColumns / 2], typename Traits::Operand rows,
                                                  typename Traits::Operand columns) {
@@ -243,17 +249,18 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[Traits::kColumns /
 #pragma unroll
   for (int c = 0; c < Traits::kD / 16; ++c) {
     constexpr int kSteps = Traits::kPanelChannels / 16;
-    const int bytes = c / kSteps * Traits::kPanelBytes + c % kSteps * 32;
+    const int panel = c / kSteps, bytes = c % kSteps * 32;
+    const uint64_t left = rows.at(panel * Traits::kRowPanel + bytes);
+    const uint64_t right = columns.at(panel * Traits::kColumnPanel + bytes);
     if (c == 0)
-      simt::wgmma_ss<Type, false>(sum, rows.at(bytes), columns.at(bytes));
+      simt::wgmma_ss<Type, false>(sum, left, right);
     else
-      simt::wgmma_ss<Type, true>(sum, rows.at(bytes), columns.at(bytes));
+      simt::wgmma_ss<Type, true>(sum, left, right);
   }
 }
 
-// 64 x 64 weights as products take them from registers: of lane 4 g + t, rows g + 8 (i % 2) and columns 16 n + 8 (i /
-// 2)
-// + 2 t, + 1.
+// 64 x kColumns weights as products take them from registers: of lane 4 g + t, rows g + 8 (i % 2) and columns
+// 16 n + 8 (i / 2) + 2 t, + 1.
 template <class Traits>
 using HopperWeights = uint32_t[Traits::kColumns / 16][4];
 
@@ -266,7 +273,7 @@ __device__ __forceinline__ void multiply_weights(float (&sum)[Traits::kD / 2], c
     simt::wgmma_rs<typename Traits::Type>(sum, weights[n], columns.at(n * 16 * Traits::kRowBytes));
 }
 
-// Writes one of this lane's rows of a sum, scaled, to the panels of a tile.
+// Writes one of this lane's rows of a sum, scaled, to the panels of a tile of rows.
 template <class Traits>
 __device__ __forceinline__ void stage_row(unsigned char* tile, const float (&sum)[Traits::kD / 2], int half, int row,
                                           float scale) {
@@ -275,7 +282,7 @@ __device__ __forceinline__ void stage_row(unsigned char* tile, const float (&sum
   unsigned char* to = tile + row * Traits::kRowBytes + threadIdx.x % 4 * 4;
 #pragma unroll
   for (int d = 0; d < Traits::kD / 8; ++d)
-    *reinterpret_cast<uint32_t*>(to + d / kChunks * Traits::kPanelBytes + (d % kChunks ^ mix) * 16) =
+    *reinterpret_cast<uint32_t*>(to + d / kChunks * Traits::kRowPanel + (d % kChunks ^ mix) * 16) =
         Traits::Type::pack(sum[4 * d + 2 * half] * scale, sum[4 * d + 2 * half + 1] * scale);
 }
 
@@ -311,11 +318,12 @@ struct HopperConsumer {
     return Operand(shared.base + Shared::streamed(which, at.stage));
   }
   __device__ __forceinline__ Operand weighted(int which, const Ring<Traits::kStages>& at) const {
-    return Operand(shared.base + Shared::streamed(which, at.stage), Traits::kPanelBytes);
+    return Operand(shared.base + Shared::streamed(which, at.stage), Traits::kColumnPanel);
   }
-  // The slot of this warpgroup's rows, counted over all of them.
+  // Which of the tile's 64 rows are this warpgroup's, and their slot, counted over all of them.
+  __device__ __forceinline__ int row_group() const { return Traits::kRowGroups == 1 ? 0 : group; }
   __device__ __forceinline__ int slot(int of_wave) const {
-    return static_cast<int>(place_in_ring<Traits::kSlots>(of_wave).stage) * Traits::kConsumers + group;
+    return static_cast<int>(place_in_ring<Traits::kSlots>(of_wave).stage) * Traits::kRowGroups + row_group();
   }
   // The first row of this lane, of its warpgroup's; formed anew where it is needed, as registers are scarce.
   __device__ __forceinline__ int row() const { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
@@ -360,20 +368,23 @@ struct HopperConsumer {
     if constexpr (Traits::kSlots > 1) release_output(wave - 1);
   }
 
-  // Has stage() write kOutputs tiles over this warpgroup's rows, and has them copied out.
-  template <int kOutputs, typename Stage>
+  // Has stage() write outputs kFirst to kLast over this warpgroup's rows, and has them copied out.
+  template <int kFirst, int kLast, typename Stage>
   __device__ __forceinline__ void write(const HopperPlace& place, const Stage& stage) {
-    simt::sync_warpgroup(1 + group);  // all have multiplied the rows, which are written over
+    if constexpr (Traits::kRowGroups == Traits::kConsumers)
+      simt::sync_warpgroups<1>(1 + group);  // all have multiplied the rows, which are written over
+    else
+      simt::sync_warpgroups<Traits::kConsumers>(1 + Traits::kConsumers);
     stage();
     simt::fence_async_proxy();
-    simt::sync_warpgroup(1 + group);  // the whole output is staged
+    simt::sync_warpgroups<1>(1 + group);  // the whole output is staged
     if (is_first_thread()) {
-      const int token = place.first_row + (group * Traits::kGroupRows >> Plan::row_bits(p));
+      const int token = place.first_row + (row_group() * Traits::kGroupRows >> Plan::row_bits(p));
 #pragma unroll
-      for (int which = 0; which < kOutputs; ++which)
+      for (int which = kFirst; which <= kLast; ++which)
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel)
-          simt::store_box(shared.base + Shared::rows(slot(wave), which) + panel * Traits::kPanelBytes, p.out[which],
+          simt::store_box(shared.base + Shared::rows(slot(wave), which) + panel * Traits::kRowPanel, p.out[which],
                           {panel * Traits::kPanelChannels, place.row_head, token, place.batch});
       simt::store_commit();
     }
@@ -381,7 +392,8 @@ struct HopperConsumer {
   }
   // Instead, where none of this warpgroup's rows exists.
   __device__ __forceinline__ void pass_rows_on() const {
-    simt::sync_warpgroup(1 + group);  // all have seen them come: else a slot filled twice would be waited for in vain
+    simt::sync_warpgroups<1>(1 +
+                             group);  // all have seen them come: else a slot filled twice would be waited for in vain
     if (is_first_thread()) simt::mbarrier_arrive(shared.barrier(Shared::kRowsFree + slot(wave)));
   }
 
@@ -392,7 +404,7 @@ struct HopperConsumer {
     visit_plans<Plan>(p, [&](int of_wave, int part, int turn) {
       wave = of_wave;
       const Plan& plan = wait_for_plan(turn);
-      const bool real = simt::uniform(plan.has_rows(p, group));
+      const bool real = simt::uniform(plan.has_rows(p, row_group()));
       if (part == 0) {
         start(plan);
         wait_for_rows();

@@ -5,8 +5,6 @@
 
 namespace longattn::cuda {
 
-constexpr int kMostChannelsOfGradients = 128;
-
 // Why this family can't serve a call, in words that follow "the kernels for compute capability 9.0 need"; null where it
 // can. The tensors' places and strides decide, never values.
 const char* why_not_sm90(const AttentionParams& params);

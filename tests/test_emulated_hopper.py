@@ -29,6 +29,13 @@ def with_backward(tmp_path_factory):
     return build_hopper(tmp_path_factory.mktemp("hopper"), "-O1", head_dim=64, backward=True)
 
 
+@pytest.fixture(scope="module", params=[192, 256])
+def wide(request, tmp_path_factory):
+    """Both directions of a head dim of which two warpgroups share the sums of dK and dV."""
+    folder = tmp_path_factory.mktemp("hopper")
+    return request.param, build_hopper(folder, "-O1", head_dim=request.param, backward=True)
+
+
 @pytest.mark.parametrize("head_dim", [40, 64, 88, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_results_are_right_for_every_head_dim(emulated, head_dim, dtype):
@@ -158,22 +165,44 @@ def test_equal_calls_give_equal_gradients_under_every_schedule(with_backward):
         assert all(map(torch.equal, first, again))
 
 
-def test_both_passes_leave_out_tiles_that_none_of_their_rows_sees(with_backward):
-    """Products equal the closed form: 3 for each visited pair of dQ's tiles of 64 x 64, 4 for each of dK's and dV's."""
+def products_of_passes(emulated, head_dim, query_rows, columns, key_rows, of_keys):
+    """Multiplications of a causal window by the emulator's count, and by the closed form: 3 products for each pair that
+    dQ's warpgroups of 64 rows visit, in tiles of `columns`, `of_keys` for each that those for dK and dV visit."""
     sq, left = 500, 127
-    inputs, call = qkv(1, 1, 1, sq, sq, 64), Call(window=(left, 0))
-    saved, grad_out = with_backward.forward(*inputs, call), torch.randn(1, 1, sq, 64).to(torch.bfloat16)
-    with_backward.backward(grad_out, None, inputs, saved, call)
-    products, query_rows = 0, 192
+    inputs, call = qkv(1, 1, 1, sq, sq, head_dim), Call(window=(left, 0))
+    saved, grad_out = emulated.forward(*inputs, call), torch.randn(1, 1, sq, head_dim).to(torch.bfloat16)
+    emulated.backward(grad_out, None, inputs, saved, call)
+    products = 0
     for first in range(0, sq, 64):
         last = min(first + 64, sq) - 1
         block = first // query_rows * query_rows
-        keys = range(max(0, block - left), min(block + query_rows, sq), 64)
-        products += 3 * sum(tile <= last and tile + 64 > max(0, first - left) for tile in keys)
-        block = first // 128 * 128
-        queries = range(block, min(block + 128 + left, sq), 64)
-        products += 4 * sum(tile <= last + left and tile + 64 > first for tile in queries)
-    assert with_backward.counters["mma"] == products * (64 // 16) * (64 // 8) * (64 // 16)
+        keys = range(max(0, block - left), min(block + query_rows, sq), columns)
+        products += 3 * columns * sum(tile <= last and tile + columns > max(0, first - left) for tile in keys)
+        block = first // key_rows * key_rows
+        queries = range(block, min(block + key_rows + left, sq), 64)
+        products += of_keys * 64 * sum(tile <= last + left and tile + 64 > first for tile in queries)
+    return emulated.counters["mma"], products * (64 // 16) * head_dim // (8 * 16)
+
+
+def test_both_passes_leave_out_tiles_that_none_of_their_rows_sees(with_backward):
+    counted, expected = products_of_passes(with_backward, 64, query_rows=192, columns=64, key_rows=128, of_keys=4)
+    assert counted == expected
+
+
+def test_two_warpgroups_of_wide_heads_share_a_tile_of_keys(wide):
+    """One forms dK and one dV, so that S is formed twice."""
+    head_dim, emulated = wide
+    columns = 64 if head_dim == 192 else 32
+    counted, expected = products_of_passes(emulated, head_dim, query_rows=128, columns=columns, key_rows=64, of_keys=5)
+    assert counted == expected
+
+
+def test_gradients_of_wide_heads(wide):
+    head_dim, emulated = wide
+    start = torch.tensor([13, 90], dtype=torch.int32)
+    check(emulated, *qkv(2, 2, 1, 200, 200, head_dim), Call(window=(40, 3), sinks=2), torch.randn(2), kv_start=start)
+    check(emulated, *qkv(1, 6, 2, 130, 150, head_dim - 8, torch.float16), Call(group=50, shifts=(0, 25) * 3), seed=1)
+    check(emulated, *qkv(1, 1, 1, 90, 90, head_dim, token_major=True), Call(window=(-1, 0), softcap=5.0), seed=2)
 
 
 def test_no_two_threads_or_copies_race(tmp_path):
@@ -238,7 +267,7 @@ def test_which_says_what_runs_where_it_is_asked_for(monkeypatch):
     monkeypatch.setenv("LONGATTN_HOPPER", "1")
     assert note(device="cpu") is None
     assert note() == "forward and backward by the kernels for compute capability 9.0"
-    assert note(head_dim=136) == "forward by the kernels for compute capability 9.0, backward by those for 8.0"
+    assert note(head_dim=256) == "forward and backward by the kernels for compute capability 9.0"
     assert note((8, 9)) == "LONGATTN_HOPPER has no kernels for compute capability 8.9"
     assert note(head_dim=32) == (
         "the kernels for compute capability 9.0 need a head dim of 33 to 256, so those for 8.0 run"

@@ -45,6 +45,4 @@ def kernel_note(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | Non
     reason = why_not_hopper(query, key, value)
     if reason is not None:
         return f"the kernels for compute capability 9.0 need {reason}, so those for 8.0 run"
-    if query.shape[-1] > 128:
-        return "forward by the kernels for compute capability 9.0, backward by those for 8.0"
     return "forward and backward by the kernels for compute capability 9.0"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_emulated_attention import RELAXED, cases
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
-OF_BACKWARD = (64, 96, 128)
 CALLS = (
     Call(window=(130, 7), sinks=3),
     Call(window=(-1, 0), softcap=5.0),
@@ -61,7 +60,7 @@ def test_no_race_and_nothing_outside(head_dim, sanitizer, tmp_path):
         assert not emulated.output
 
 
-@pytest.fixture(scope="module", params=OF_BACKWARD)
+@pytest.fixture(scope="module", params=HEAD_DIMS)
 def with_backward(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hopper")
     return request.param, build_hopper(folder, "-O2", head_dim=request.param, backward=True)
@@ -93,7 +92,7 @@ def test_gradients_of_packed_heads_and_of_split_sinks(with_backward, shape):
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-@pytest.mark.parametrize("head_dim", OF_BACKWARD)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_no_race_and_nothing_outside_in_the_backward(head_dim, sanitizer, tmp_path):
     emulated = build_hopper(tmp_path, "-O1", "-g", f"-fsanitize={sanitizer}", head_dim=head_dim, backward=True)
     documents = torch.tensor([0, 40, 40, 390], dtype=torch.int32)

@@ -54,8 +54,8 @@ MORE_BUGS = {
         RING, "n * 16 * Traits::kRowBytes", "n * 8 * Traits::kRowBytes", "exceeds"
     ),
     "too few bytes expected": Bug(
-        RING, "mbarrier_arrive_expect(whole ? full : aside, Traits::kTileBytes)",
-        "mbarrier_arrive_expect(whole ? full : aside, Traits::kTileBytes / 2)", "NaN|exceeds|arrivals|deadlock",
+        RING, "mbarrier_arrive_expect(whole ? full : aside, Traits::kColumnTile)",
+        "mbarrier_arrive_expect(whole ? full : aside, Traits::kColumnTile / 2)", "NaN|exceeds|arrivals|deadlock",
     ),
     "weights replaced while they are multiplied": Bug(
         KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied)", "if (multiplied)", "NaN|exceeds|flight|fence"
@@ -75,15 +75,15 @@ MORE_BUGS = {
         "data race|arrivals|deadlock", THREAD,
     ),
     "the output stored before all have staged it": Bug(
-        RING, "simt::sync_warpgroup(1 + group);  // the whole output is staged", "", "no fence has made|data race",
+        RING, "simt::sync_warpgroups<1>(1 + group);  // the whole output is staged", "", "no fence has made|data race",
         THREAD,
     ),
     "the output staged over Q that is read": Bug(
-        RING, "simt::sync_warpgroup(1 + group);  // all have multiplied the rows, which are written over", "",
+        RING, "simt::sync_warpgroups<1>(1 + group);  // all have multiplied the rows, which are written over", "",
         "data race", THREAD,
     ),
     "no fence before the output is stored": Bug(
-        RING, "simt::fence_async_proxy();\n    simt::sync_warpgroup", "simt::sync_warpgroup", "no fence has made"
+        RING, "simt::fence_async_proxy();\n    simt::sync_warpgroups", "simt::sync_warpgroups", "no fence has made"
     ),
     "a slot filled while its output is read": Bug(
         RING, "simt::store_wait_read();\n      simt::mbarrier_arrive", "simt::mbarrier_arrive",
@@ -95,8 +95,8 @@ MORE_BUGS = {
     ),
     "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
     "a warpgroup without rows that is not waited for": HopperBug(
-        RING, "simt::sync_warpgroup(1 + group);  // all have seen them come", "// all have seen them come", "deadlock",
-        head_dim=192,
+        RING, "simt::sync_warpgroups<1>(1 + group);  // all have seen them come", "// all have seen them come",
+        "deadlock", head_dim=192,
     ),
     "dO multiplied before it is there": HopperBug(
         GRADIENTS, "wait_for(1, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|exceeds|arrivals",
@@ -135,6 +135,27 @@ MORE_BUGS = {
     ),
     "columns of packed heads taken for queries": HopperBug(
         KEYS, "64) << p.packed_bits;", "64);", "exceeds", backward=True
+    ),
+    "the output staged over rows that the other warpgroup reads": HopperBug(
+        RING, "simt::sync_warpgroups<Traits::kConsumers>(1 + Traits::kConsumers);", "", "data race", THREAD,
+        head_dim=192, backward=True,
+    ),
+    "rows copied over once one of two warpgroups is done": HopperBug(
+        RING, "init(kRowsFull, kRowSlots, 1, kConsumers / Traits::kRowGroups);",
+        "init(kRowsFull, kRowSlots, 1, 1);", "data race|arrivals|NaN|exceeds", THREAD, head_dim=192, backward=True,
+    ),
+    "P formed before the statistics are there": HopperBug(
+        GRADIENTS, "if constexpr (!kOfLogits) wait_for(1, ring);", "", "data race|NaN|exceeds|arrivals", THREAD,
+        head_dim=192, backward=True,
+    ),
+    "dO passed on while its statistics are read": HopperBug(
+        GRADIENTS, "kOfValues || Plan::kColumnStats ? -1 : 1", "kOfValues ? -1 : 1", "data race|exceeds", THREAD,
+        head_dim=192, backward=True,
+    ),
+    "V's panels taken for as long as those of rows": HopperBug(
+        RING, "Operand(shared.base + Shared::streamed(which, at.stage), Traits::kColumnPanel)",
+        "Operand(shared.base + Shared::streamed(which, at.stage), Traits::kRowPanel)", "exceeds|NaN",
+        head_dim=256, backward=True,
     ),
     "dQ of dP alone": HopperBug(
         GRADIENTS, "ds[i] = p_of[i] * (dp[4 * block + 2 * half + i] - own.delta)",

@@ -284,7 +284,8 @@ inline void fence_async_proxy() {
   hopper.proxy_fenced[self->index] = 1;
 }
 
-inline void sync_warpgroup(int id) {
+template <int kWarpgroups>
+void sync_warpgroups(int id) {
   NamedBarrier* barrier;
   {
     Unwatched unwatched;
@@ -295,7 +296,7 @@ inline void sync_warpgroup(int id) {
     Unwatched unwatched;
     barrier->waiting.push_back(self);
     self->state = State::kWaiting;
-    if (barrier->waiting.size() == 128) {
+    if (barrier->waiting.size() == 128 * kWarpgroups) {
       for (Thread* thread : barrier->waiting) thread->state = State::kReady;
       barrier->waiting.clear();
     }
@@ -417,9 +418,9 @@ inline void issue_product(const ProductIn& in, int line) {
   });
 }
 
-template <typename Type, bool kAdd>
-void wgmma_ss(float (&sum)[32], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, nullptr, a, b, kAdd, 64, Type::Emulated::load}, line);
+template <typename Type, bool kAdd, int kSums>
+void wgmma_ss(float (&sum)[kSums], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
+  issue_product({sum, nullptr, a, b, kAdd, 2 * kSums, Type::Emulated::load}, line);
 }
 template <typename Type, int kSums>
 void wgmma_rs(float (&sum)[kSums], const uint32_t (&a)[4], uint64_t b, int line = __builtin_LINE()) {
