@@ -147,7 +147,7 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
           const RowStats own = stats(block, half, i);
           const float x = s[4 * block + 2 * half + i], slope = kCapped ? 1.0f - x * x : 1.0f;
           p_of[i] = simt::exp2_fast(x * logits.factor - own.lse2);
-          ds[i] = p_of[i] * (dp[4 * block + 2 * half + i] - own.delta) * slope;
+          if constexpr (kOfLogits) ds[i] = p_of[i] * (dp[4 * block + 2 * half + i] - own.delta) * slope;
         }
         const int n = block / 2, at = block % 2 * 2 + half;
         if constexpr (kOfLogits) weights[0][n][at] = Traits::Type::pack(ds[0], ds[1]);

@@ -392,8 +392,8 @@ struct HopperConsumer {
   }
   // Instead, where none of this warpgroup's rows exists.
   __device__ __forceinline__ void pass_rows_on() const {
-    simt::sync_warpgroups<1>(1 +
-                             group);  // all have seen them come: else a slot filled twice would be waited for in vain
+    // All have seen them come: else a slot filled twice would be waited for in vain.
+    simt::sync_warpgroups<1>(1 + group);
     if (is_first_thread()) simt::mbarrier_arrive(shared.barrier(Shared::kRowsFree + slot(wave)));
   }
 

@@ -79,7 +79,7 @@ MORE_BUGS = {
         THREAD,
     ),
     "the output staged over Q that is read": Bug(
-        RING, "simt::sync_warpgroups<1>(1 + group);  // all have multiplied the rows, which are written over", "",
+        RING, "simt::sync_warpgroups<1>(1 + group);  // all have multiplied the rows, which are written over", ";",
         "data race", THREAD,
     ),
     "no fence before the output is stored": Bug(
@@ -95,19 +95,18 @@ MORE_BUGS = {
     ),
     "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
     "a warpgroup without rows that is not waited for": HopperBug(
-        RING, "simt::sync_warpgroups<1>(1 + group);  // all have seen them come", "// all have seen them come",
-        "deadlock", head_dim=192,
+        RING, "waited for in vain.\n    simt::sync_warpgroups<1>(1 + group);", "", "deadlock", head_dim=192,
     ),
     "dO multiplied before it is there": HopperBug(
-        GRADIENTS, "wait_for(1, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|exceeds|arrivals",
+        GRADIENTS, "wait_for(1, ring);\n      simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|exceeds|arrivals",
         backward=True,
     ),
     "logits read while they are formed": HopperBug(
-        GRADIENTS, "simt::wgmma_wait<0>(s, dp);", "", "NaN|flight|fence|exceeds", backward=True
+        GRADIENTS, "simt::wgmma_wait<0>(s, dp);", ";", "NaN|flight|fence|exceeds", backward=True
     ),
     "columns passed on before they are multiplied": HopperBug(
         GRADIENTS, "simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);\n    __syncwarp();  "
-        "// all lanes have read the columns' statistics\n    release(0, ring);",
+        "// all lanes have read the columns' statistics\n    if constexpr (kPassedOnEarly != 0) release(0, ring);",
         "release(0, ring);\n    simt::wgmma_wait<0>(sum[0], sum[kSums - 1]);", "data race", THREAD, backward=True,
     ),
     "statistics passed on before all lanes have read them": HopperBug(
@@ -137,7 +136,7 @@ MORE_BUGS = {
         KEYS, "64) << p.packed_bits;", "64);", "exceeds", backward=True
     ),
     "the output staged over rows that the other warpgroup reads": HopperBug(
-        RING, "simt::sync_warpgroups<Traits::kConsumers>(1 + Traits::kConsumers);", "", "data race", THREAD,
+        RING, "simt::sync_warpgroups<Traits::kConsumers>(1 + Traits::kConsumers);", ";", "data race", THREAD,
         head_dim=192, backward=True,
     ),
     "rows copied over once one of two warpgroups is done": HopperBug(
