@@ -24,7 +24,7 @@ template <class Traits, class Plan, bool kOfLogits, bool kOfValues>
 struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   using Base = HopperConsumer<Traits, Plan, HopperBackwardParams>;
   using Base::Base, Base::p, Base::shared, Base::logits, Base::ring, Base::wave;
-  using Base::release, Base::row_group, Base::skip, Base::slot, Base::wait_for;
+  using Base::release, Base::slot, Base::wait_for;
   using typename Base::Operand, typename Base::Shared;
   static constexpr int kSums = kOfLogits + kOfValues, kWidth = Traits::kColumns / 2;
 
@@ -79,27 +79,17 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
   template <typename Stats, typename Bits>
   __device__ __forceinline__ void walk(const Plan& plan, const Stats& stats, const Bits& bits) {
     const Operand first(shared.base + Shared::rows(slot(wave), 0)), second(shared.base + Shared::rows(slot(wave), 1));
-    int t = 0;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const Range run = plan.groups[row_group()].runs[i];
-      const int begin = simt::uniform(run.begin), end = simt::uniform(run.end);
-      if (t >= end) continue;
-#pragma unroll 1
-      for (; t < begin; ++t) skip();
+    this->visit_runs(plan, [&](int& t, int end) {
 #pragma unroll 1
       for (; t < end; ++t) {
         multiply_rows(first, second);
         differentiate(stats(ring.stage));
-        if (!simt::uniform(plan.groups[row_group()].interior.holds(t))) mask(bits(plan.begin(t)));
+        if (!this->is_interior(plan, t)) mask(bits(plan.begin(t)));
         add_products();
         ring.advance();
         this->release_last_output();
       }
-    }
-    const int count = simt::uniform(plan.count());
-#pragma unroll 1
-    for (; t < count; ++t) skip();
+    });
   }
 
  private:

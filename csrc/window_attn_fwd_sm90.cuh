@@ -108,7 +108,7 @@ template <class Traits, class Plan>
 struct ForwardConsumer : HopperConsumer<Traits, Plan, HopperParams> {
   using Base = HopperConsumer<Traits, Plan, HopperParams>;
   using Base::Base, Base::p, Base::shared, Base::group, Base::lane, Base::logits, Base::ring, Base::wave;
-  using Base::release, Base::row, Base::skip, Base::slot, Base::wait_for;
+  using Base::release, Base::row, Base::slot, Base::wait_for;
   using typename Base::Operand, typename Base::Shared;
   HopperRows<Traits> rows;
 
@@ -132,7 +132,7 @@ struct ForwardConsumer : HopperConsumer<Traits, Plan, HopperParams> {
 #pragma unroll
       for (float& x : rows.s) x = logits.scaled(x);
     }
-    if (!simt::uniform(plan.groups[group].interior.holds(t)))
+    if (!this->is_interior(plan, t))
       rows.mask(plan.visible + Plan::first_position(p, group), row(), p.packed_bits, plan.begin(t));
     rows.exponentiate(logits.factor);
   }
@@ -147,14 +147,7 @@ struct ForwardConsumer : HopperConsumer<Traits, Plan, HopperParams> {
   // Walks the key tiles.
   __device__ __forceinline__ void walk(const Plan& plan) {
     const Operand query(shared.base + Shared::rows(slot(wave), 0));
-    int t = 0;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const Range run = plan.groups[group].runs[i];
-      const int begin = simt::uniform(run.begin), end = simt::uniform(run.end);
-      if (t >= end) continue;
-#pragma unroll 1
-      for (; t < begin; ++t) skip();
+    this->visit_runs(plan, [&](int& t, int end) {
       // The softmax ends where the loop turns, so that the compiler can't have it wait for the products of values.
       issue_keys(query);
       simt::wgmma_wait<0>(rows.s);
@@ -178,10 +171,7 @@ struct ForwardConsumer : HopperConsumer<Traits, Plan, HopperParams> {
       issue_values(ring.back(1));
       simt::wgmma_wait<0>(rows.out);
       release(1, ring.back(1));
-    }
-    const int count = simt::uniform(plan.count());
-#pragma unroll 1
-    for (; t < count; ++t) skip();
+    });
   }
 
   // Writes the log-sum-exp, stages O in the slot of Q and has it copied out.

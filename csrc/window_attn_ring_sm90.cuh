@@ -340,6 +340,29 @@ struct HopperConsumer {
     ring.advance();
   }
 
+  // Calls visit(t, end) for each run of tiles that these rows visit, which takes t to its end, and passes on those in
+  // between.
+  template <typename Visit>
+  __device__ __forceinline__ void visit_runs(const Plan& plan, const Visit& visit) {
+    int t = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const Range run = plan.groups[row_group()].runs[i];
+      const int begin = simt::uniform(run.begin), end = simt::uniform(run.end);
+      if (t >= end) continue;
+#pragma unroll 1
+      for (; t < begin; ++t) skip();
+      visit(t, end);
+    }
+    const int count = simt::uniform(plan.count());
+#pragma unroll 1
+    for (; t < count; ++t) skip();
+  }
+  // Whether a tile that is visited needs no mask.
+  __device__ __forceinline__ bool is_interior(const Plan& plan, int t) const {
+    return simt::uniform(plan.groups[row_group()].interior.holds(t));
+  }
+
   __device__ __forceinline__ const Plan& wait_for_plan(int turn) const {
     const Ring<2> plans = place_in_ring<2>(turn);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFull + plans.stage), plans.parity);

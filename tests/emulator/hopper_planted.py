@@ -93,7 +93,7 @@ MORE_BUGS = {
         PLAN, "simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);", "",
         "data race", THREAD,
     ),
-    "no mask at the edges": Bug(KERNEL, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
+    "no mask at the edges": Bug(RING, "interior.holds(t)", "interior.holds(t) || true", "exceeds"),
     "a warpgroup without rows that is not waited for": HopperBug(
         RING, "waited for in vain.\n    simt::sync_warpgroups<1>(1 + group);", "", "deadlock", head_dim=192,
     ),
@@ -127,7 +127,7 @@ MORE_BUGS = {
         "data race|arrivals|deadlock|exceeds", THREAD, backward=True,
     ),
     "no mask at the edges of gradients": HopperBug(
-        GRADIENTS, "interior.holds(t)", "interior.holds(t) || true", "exceeds", backward=True
+        RING, "interior.holds(t)", "interior.holds(t) || true", "exceeds", backward=True
     ),
     "gradients without sums of sinks": HopperBug(
         KEYS, "if (p.sink_chunks > 0) add_sink_sums(plan, half);", "", "exceeds", backward=True
