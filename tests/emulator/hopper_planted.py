@@ -141,7 +141,8 @@ MORE_BUGS = {
     ),
     "rows copied over once one of two warpgroups is done": HopperBug(
         RING, "init(kRowsFull, kRowSlots, 1, kConsumers / Traits::kRowGroups);",
-        "init(kRowsFull, kRowSlots, 1, 1);", "data race|arrivals|NaN|exceeds", THREAD, head_dim=192, backward=True,
+        "init(kRowsFull, kRowSlots, 1, 1);", "deadlock|data race|arrivals|NaN|exceeds", THREAD,
+        head_dim=192, backward=True,
     ),
     "P formed before the statistics are there": HopperBug(
         GRADIENTS, "if constexpr (!kOfLogits) wait_for(1, ring);", "", "data race|NaN|exceeds|arrivals", THREAD,
