@@ -244,6 +244,18 @@ def test_a_run_that_fails_leaves_nothing(home, tmp_path, monkeypatch, change, me
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_an_empty_folder_that_was_there_stays_when_a_run_fails(home, tmp_path, link):
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o750)
+    out = tmp_path / "out" if link else mine
+    if link:
+        out.symlink_to(mine)
+    with pytest.raises(ValueError, match="length must be at most the model's 256 positions"):
+        train(spec(home, out, length=4096))
+    assert list(out.iterdir()) == [] and mine.stat().st_mode & 0o777 == 0o750
+
+
 def test_checkpoints_that_cannot_be_trained_are_refused_without_a_plan_too(home, tmp_path):
     quantised, empty = tmp_path / "quantised", tmp_path / "empty"
     shutil.copytree(home / "src", quantised)

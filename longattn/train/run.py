@@ -75,7 +75,7 @@ def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
         FileExistsError: `spec.out` holds a run, and `resume` is not set.
         OSError: a file can't be read or written.
         ValueError: the checkpoint, the text or the run in `spec.out` do not go with the spec. A run that fails before
-            its first checkpoint leaves nothing behind.
+            its first checkpoint leaves nothing behind but a folder that was there before.
 
     Example:
         >>> longattn.train.train(longattn.train.TrainSpec.from_yaml("train.yaml")).checkpoint
@@ -85,6 +85,7 @@ def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
         raise ValueError(
             "train: runs in one process, got WORLD_SIZE above 1; over ranks, call Trainer with the recipes"
         )
+    was_there = out.is_dir()
     fresh = _begin(spec, out)
     try:
         run = _Run.prepared(spec, out, tell)
@@ -93,7 +94,8 @@ def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
         folder, log = run.finish(log)
     except Exception:
         if fresh and not any((out / CHECKPOINTS).glob(f"*/{STATE}")):
-            shutil.rmtree(out, ignore_errors=True)
+            for path in list(out.iterdir()) if was_there else [out]:  # a folder that was there, empty, is the user's
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         raise
     return TrainResult(folder, log)
 
