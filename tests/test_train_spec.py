@@ -33,7 +33,7 @@ def test_what_is_written_reads_back(tmp_path):
 def test_warmup_follows_the_steps():
     spec = TrainSpec.from_dict(NEEDED)
     warmups = [replace(spec, steps=steps).warmup_steps for steps in (4, 50, 1000)]
-    assert warmups == [0, 5, 20] and replace(spec, warmup=7).warmup_steps == 7
+    assert warmups == [0, 5, 20] and replace(spec, warmup=4).warmup_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_warmup_follows_the_steps():
         (dict(recipe="full", adapter="keep"), "adapter must be merge with the recipe full, which has none, got keep"),
         (dict(recipe="full", new_tokens=["<a>"]), "new_tokens must be left out with the recipe full"),
         (dict(recipe="new-rows"), "the recipe new-rows needs tokens in the plan, or new_tokens that the model has"),
+        (dict(warmup=5), "train: warmup must be at most steps, 4, got 5"),
         (dict(eval_every=2), "eval_every needs eval_text, got none"),
         (dict(attention="windw:4"), "Plan: attention"),
     ],

@@ -75,7 +75,7 @@ class TrainSpec:
         accumulate: forwards of a step.
         learning_rate: its peak.
         schedule: how it goes on after the warm-up.
-        warmup: steps until the peak; by default a tenth of all, 20 at most.
+        warmup: steps until the peak, no more than all; by default a tenth of them, 20 at most.
         rank, alpha, train_embeddings, train_norms: LongLoRA's, as `longattn.train.longlora`.
         new_tokens: tokens whose rows learn; by default those of the plan.
         adapter: "merge" folds what was trained into the checkpoint, "keep" writes it beside it.
@@ -143,6 +143,8 @@ class TrainSpec:
             raise ValueError("train: new_tokens must be left out with the recipe full, which trains all rows")
         if self.recipe == "new-rows" and not self.tokens:
             raise ValueError("train: the recipe new-rows needs tokens in the plan, or new_tokens that the model has")
+        if self.warmup is not None and self.warmup > self.steps:
+            raise ValueError(f"train: warmup must be at most steps, {self.steps}, got {self.warmup}")
         if self.eval_every is not None and self.eval_text is None:
             raise ValueError("train: eval_every needs eval_text, got none")
 
