@@ -28,6 +28,9 @@ from longattn.plan import Plan
 from longattn.surgery import restore
 from longattn.train import TrainSpec, outputs, train
 
+# weights that overflow at the last step, whose loss was formed before it
+OVERFLOWS = dict(recipe="full", rank=8, steps=1, learning_rate=1e39, warmup=0)
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
 
 
@@ -229,6 +232,9 @@ def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
         (dict(learning_rate=1e30, warmup=0, save_every=9), "the loss must stay finite, got nan at step 3; lower"),
         (dict(learning_rate=1e30, warmup=0, save_every=3, log_every=9), "the loss must stay finite, got nan at step 3"),
         (dict(learning_rate=1e30, warmup=0, save_every=9, log_every=9), "the loss must stay finite, got nan at step 4"),
+        (OVERFLOWS, "the weights must stay finite, got nan in model.embed_tokens.weight at step 1; lower"),
+        (dict(OVERFLOWS, recipe="longlora", adapter="keep"), "the weights must stay finite, got nan in"),
+        (dict(OVERFLOWS, recipe="new-rows"), "the weights must stay finite, got inf in"),
         (dict(model="nowhere/else/at/all"), "neither a folder nor the id of a model"),
     ],
 )
