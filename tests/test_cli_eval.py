@@ -152,7 +152,10 @@ def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
     for more, message in (
         (["--last", "16"], "whose last differs: expected 32, got 16"),
         (["--seed", "3"], "whose seed differs: expected 0, got 3"),
-        (["--windows", "2"], "whose text, windows or the longest length differs"),
+        (["--windows", "2"], "whose windows differs: expected 3, got 2"),
+        (["--lengths", "256,500"], "whose lengths differs: expected [256, 512], got [256, 500]"),
+        (["--text", "books/0.txt"], "whose text differs: expected books, got books/0.txt"),
+        (["--join"], "whose scored text's digest differs: expected "),
         (["--sliding-windows", "3"], "whose sliding_windows differs: expected 2, got 3"),
     ):
         result = run(*arguments, *SMALL, *more)
@@ -172,6 +175,18 @@ def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
     (folder / "other.json").write_text("{}")
     result = run(*arguments[:-1], "other.json", *SMALL)
     assert result.exit_code == 2 and "must be new, or written by longattn eval" in result.stderr
+
+
+def test_a_run_with_other_models_says_so(folder, done, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["--text", "books", "--lengths", "256,512", *SMALL]
+    result = run("longer", *arguments, "--json", "scores.json")
+    assert result.exit_code == 2
+    assert "whose --before differs: expected original, got none; ask for what it holds, or give" in result.stderr
+    alone = [*arguments, "--sliding-windows", "0", "--json", "alone.json"]
+    assert run("longer", *alone).exit_code == 0
+    result = run("longer", *alone, "--before", "original")
+    assert result.exit_code == 2 and "whose --before differs: expected none, got original;" in result.stderr
 
 
 def test_weights_of_which_few_rows_differ_are_other_weights():

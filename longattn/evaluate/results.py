@@ -199,17 +199,22 @@ def known_scores(earlier: Evaluation, now: Evaluation, path: Path) -> list[Model
     """
     then, wanted = asdict(earlier.settings), asdict(now.settings)
     alike = [*ASKED_ALIKE, *(["sliding_windows"] if then["sliding_windows"] and wanted["sliding_windows"] else [])]
-    differing = {name: (then[name], wanted[name]) for name in alike if then[name] != wanted[name]}
-    if earlier.text["pieces_digest"] != now.text["pieces_digest"]:
-        differing["text, windows or the longest length"] = (earlier.text["name"], now.text["name"])
-    for model in now.models:
-        for old in earlier.models:
-            if old.role == model.role and old.name != model.name:
-                differing[f"the model {model.role}"] = (old.name, model.name)
-    if differing:
-        name, (old_value, value) = next(iter(differing.items()))
-        raise ValueError(
-            f"eval: --json {path} holds another evaluation, whose {name} differs: expected {old_value}, got {value}; "
-            "give another file"
-        )
+    pairs = {name: (_models(earlier).get(name), given) for name, given in _models(now).items()}
+    pairs |= {name: (then[name], wanted[name]) for name in alike}
+    digests = (earlier.text["pieces_digest"], now.text["pieces_digest"])
+    if digests[0] != digests[1]:  # of which the cause is named, where it is known
+        pairs |= {"windows": (then["windows"], wanted["windows"]), "text": (earlier.text["name"], now.text["name"])}
+        pairs |= {"lengths": (then["lengths"], wanted["lengths"]), "scored text's digest": digests}
+    for name, (old_value, value) in pairs.items():
+        if old_value != value:
+            raise ValueError(
+                f"eval: --json {path} holds another evaluation, whose {name} differs: expected {old_value}, got "
+                f"{value}; ask for what it holds, or give another file"
+            )
     return earlier.models if wanted["sliding_windows"] else [replace(model, sliding=[]) for model in earlier.models]
+
+
+def _models(evaluation: Evaluation) -> dict[str, str]:
+    """The models by the arguments that name them."""
+    given = {"--before" if model.role == "before" else "model": model.name for model in evaluation.models}
+    return {"--before": "none", **given}
