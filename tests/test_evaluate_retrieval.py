@@ -159,6 +159,37 @@ def test_refusals(bytes_tokenizer):
         evaluate_retrieval(torch.nn.Linear(1, 1), bytes_tokenizer, [PASSKEY], [800])
 
 
+class Talker(Reader):
+    """Never ends; counts the most tokens that it has read of one text."""
+
+    read = 0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        self.read = max(self.read, len(cache.text))
+        output.logits = torch.zeros(1, 1, 257).index_fill_(2, torch.tensor(49), 1.0)
+        return output
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_no_more_tokens_than_the_length_are_read(bytes_tokenizer, task):
+    """Learnt positions end there; and how much a model may write beyond the answer hangs on no length."""
+    with pytest.raises(ValueError) as refused:
+        task.question(bytes_tokenizer, 9, 0.5, random.Random(0))
+    shortest = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    for length in (shortest, *range(shortest + 40, shortest + 80)):
+        model = Talker()
+        try:
+            (cell,) = evaluate_retrieval(model, bytes_tokenizer, [task], [length], depths=[0.5], trials=1)
+        except ValueError:  # the names of this question are longer
+            assert length == shortest
+            continue
+        assert model.read <= length
+        ((asked, wrote),) = cell.wrong
+        assert len(wrote) == len(f" {asked}") + 3 or length == shortest
+
+
 def test_shortest_question_has_no_filler(bytes_tokenizer):
     with pytest.raises(ValueError) as refused:
         Passkey().question(bytes_tokenizer, 9, 0.5, random.Random(0))

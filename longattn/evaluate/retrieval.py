@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longattn.evaluate.losses import forget_lengths, serving
-from longattn.evaluate.tasks import Question, Task
+from longattn.evaluate.tasks import SPARE_TOKENS, Question, Task
 from longattn.wrappers import check_model
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["DEPTHS", "Cell", "evaluate_retrieval", "greedy", "is_answer", "questions"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SPARE_TOKENS = 3  # beyond the answer's own: a model may write another space, or break the number otherwise
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ def _measure(
 ) -> Cell:
     wrong = []
     for question in questions(task, tokenizer, length, depth, trials, seed):
-        written = greedy(model, question.ids, question.answer_tokens + SPARE_TOKENS)
+        room = length - len(question.ids) + 1  # the last token written is not read
+        written = greedy(model, question.ids, min(question.answer_tokens + SPARE_TOKENS, room))
         text = str(tokenizer.decode(written, skip_special_tokens=True))
         if not is_answer(text, question.answer):
             wrong.append((question.answer, text))

@@ -16,6 +16,9 @@ __all__ = ["TASKS", "MultiKey", "Passkey", "Question", "Task"]
 
 FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
+# Written beyond the answer's own: a model may write another space, or break the number otherwise.
+SPARE_TOKENS = 3
+
 
 @dataclass(frozen=True)
 class Question:
@@ -145,7 +148,10 @@ def _filled(filler: Sequence[str], sentences: int, needles: Sequence[tuple[float
 def _fitted(
     name: str, tokenizer: PreTrainedTokenizerBase, text: Callable[[int], str], answer: str, length: int
 ) -> Question:
-    """The text with as many sentences as leave room for the answer within `length` tokens."""
+    """The text with as many sentences as leave room for the answer, and for what is written beyond it, in `length`.
+
+    A text without any sentence leaves room for the answer, at least.
+    """
     answer_tokens = len(encode(tokenizer, f" {answer}"))
     room = length - answer_tokens
     shortest, sample = len(_prompt(tokenizer, text(0))), len(_prompt(tokenizer, text(64)))
@@ -154,12 +160,13 @@ def _fitted(
             f"{name}: length must be at least {shortest + answer_tokens} tokens with this tokenizer, got {length}"
         )
     sentence = max(1.0, (sample - shortest) / 64)
-    count = int((room - shortest) / sentence) + 1
+    filled = max(shortest, room - SPARE_TOKENS + 1)  # the last token written is not read
+    count = int((filled - shortest) / sentence) + 1
     while True:
         ids = _prompt(tokenizer, text(count))
-        if len(ids) <= room:
+        if len(ids) <= filled:
             return Question(tuple(ids), answer, answer_tokens)
-        count -= max(1, int((len(ids) - room) / sentence))
+        count = max(0, count - max(1, int((len(ids) - filled) / sentence)))
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
