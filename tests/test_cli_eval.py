@@ -146,6 +146,27 @@ def test_run_that_goes_on_and_is_stopped_again_keeps_what_it_had(folder, done):
         assert was == {**now, "cells": sorted(now["cells"], key=was["cells"].index)}
 
 
+def test_a_run_that_asks_for_less_keeps_the_rest(folder, done, monkeypatch):
+    """The file keeps every number; what is shown is what was asked for."""
+    monkeypatch.chdir(folder)
+    whole = json.loads((folder / "scores.json").read_text())
+    shutil.copy("scores.json", "less.json")
+    arguments = ["longer", "--before", "original", "--text", "books", "--json", "less.json"]
+    asked = ["--lengths", "512", "--retrieval", "passkey", "--depths", "1"]
+    result = run(*arguments, *SMALL, *asked, "--report", "less.html")
+    assert result.exit_code == 0, result.output
+    less = json.loads((folder / "less.json").read_text())
+    assert less["complete"] and less["settings"]["lengths"] == [512]
+    for was, now in zip(whole["models"], less["models"], strict=True):
+        assert was == {**now, "cells": sorted(now["cells"], key=was["cells"].index)}
+    assert "512" in result.stdout and "256" not in result.stdout
+    assert (folder / "less.html").read_text(encoding="utf-8") == page_of(read_evaluation(folder / "less.json"))
+    for count, message in ((0, None), (3, "whose sliding_windows differs: expected 2, got 3")):
+        result = run(*arguments, *SMALL, "--lengths", "512", "--sliding-windows", count)
+        assert (result.exit_code == 0) == (message is None) and (message or "") in result.stderr, result.output
+        assert json.loads((folder / "less.json").read_text())["models"][0]["sliding"] == whole["models"][0]["sliding"]
+
+
 def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--json", "scores.json"]

@@ -32,6 +32,7 @@ def write_page(evaluation: Evaluation, path: Path) -> None:
 
 def page_of(evaluation: Evaluation) -> str:
     """The page as HTML: what was found, charts and tables, the plan, and how to make it again."""
+    evaluation = evaluation.asked()
     models = evaluation.models
     title = models[-1].name if len(models) == 1 else f"{models[-1].name}, before and after"
     parts = [_found(evaluation), _last(evaluation), _sliding(evaluation)]
@@ -62,7 +63,7 @@ def findings(evaluation: Evaluation) -> list[str]:
     Example:
         >>> findings(read_evaluation(Path("scores.json")))
     """
-    models, lengths = evaluation.models, evaluation.settings.lengths
+    models, lengths = evaluation.asked().models, evaluation.settings.lengths
     first, last = lengths[0], lengths[-1]
     after, sentences = models[-1], []
     for model in models:

@@ -107,14 +107,33 @@ class ModelScores:
         return sum(cell.correct for cell in cells) / sum(cell.trials for cell in cells) if cells else math.nan
 
     def with_rest_of(self, earlier: ModelScores) -> ModelScores:
-        """These scores, and those of an earlier run that are not taken over yet."""
+        """These scores, and those of an earlier run beyond them: not taken over yet, or not asked for again."""
         cells = {(cell.task, cell.length, cell.depth) for cell in self.cells}
         return replace(
             self,
             **({} if self.weights else {name: getattr(earlier, name) for name in ("weights", "facts", "plans")}),
-            last=self.last + [one for one in earlier.last if self.score(one.context) is None],
-            sliding=self.sliding + [one for one in earlier.sliding if self.slid(one.length) is None],
+            last=sorted(
+                self.last + [one for one in earlier.last if self.score(one.context) is None],
+                key=lambda score: score.context,
+            ),
+            sliding=sorted(
+                self.sliding + [one for one in earlier.sliding if self.slid(one.length) is None],
+                key=lambda score: score.length,
+            ),
             cells=self.cells + [one for one in earlier.cells if (one.task, one.length, one.depth) not in cells],
+        )
+
+    def asked(self, settings: Settings) -> ModelScores:
+        """Those of these scores that `settings` ask for."""
+        return replace(
+            self,
+            last=[score for score in self.last if score.context in settings.lengths],
+            sliding=[score for score in self.sliding if score.length in settings.lengths],
+            cells=[
+                cell
+                for cell in self.cells
+                if cell.task in settings.tasks and cell.length in settings.lengths and cell.depth in settings.depths
+            ],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,9 +155,9 @@ class Evaluation:
     """One or two models' scores, and how they came about.
 
     Args:
-        settings: what was asked for.
+        settings: what the last run asked for.
         text: name, documents, characters and a digest of the text; and of the pieces cut from it.
-        models: "before" comes first.
+        models: "before" comes first; in a file that other runs went into too, with the scores of those.
         machine: what it ran on.
         commands: that made it, one a run.
         complete: whether all that was asked for is there.
@@ -150,6 +169,10 @@ class Evaluation:
     machine: dict[str, Any] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     complete: bool = False
+
+    def asked(self) -> Evaluation:
+        """The same without scores that earlier runs asked for and the last one did not."""
+        return replace(self, models=[model.asked(self.settings) for model in self.models])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -211,7 +234,7 @@ def known_scores(earlier: Evaluation, now: Evaluation, path: Path) -> list[Model
                 f"eval: --json {path} holds another evaluation, whose {name} differs: expected {old_value}, got "
                 f"{value}; ask for what it holds, or give another file"
             )
-    return earlier.models if wanted["sliding_windows"] else [replace(model, sliding=[]) for model in earlier.models]
+    return earlier.models
 
 
 def _models(evaluation: Evaluation) -> dict[str, str]:

@@ -97,20 +97,23 @@ def evaluate(
     }
     evaluation = Evaluation(settings, text, [ModelScores(name, role) for role, name in models])
     earlier: list[ModelScores] = []
+    kept = settings
     if saved is not None and saved.exists():
         found = read_evaluation(saved)
         earlier, evaluation.commands = known_scores(found, evaluation, saved), found.commands
+        # how many sliding windows those have that stay in the file
+        kept = replace(settings, sliding_windows=settings.sliding_windows or found.settings.sliding_windows)
     evaluation.commands = [*evaluation.commands, *([command] if command else [])]
     evaluation.machine = _machine()
     by_role = {scores.role: scores for scores in earlier}
     olds = [by_role.get(scores.role, ModelScores(scores.name, scores.role)) for scores in evaluation.models]
 
     def save() -> None:
-        """Write what was measured, and until all is, what an earlier run has yet to give: this one may be stopped."""
+        """Write what was measured, and what the file holds beyond it: this run may be stopped, or asked for less."""
         if saved is not None:
             both = zip(evaluation.models, olds, strict=True)
-            rest = evaluation.models if evaluation.complete else [new.with_rest_of(old) for new, old in both]
-            write_evaluation(replace(evaluation, models=rest), saved)
+            models = [new.with_rest_of(old) for new, old in both]
+            write_evaluation(replace(evaluation, settings=kept, models=models), saved)
 
     for scores, old, tokenizer, windows in zip(evaluation.models, olds, tokenizers, pieces, strict=True):
         model: Any = AutoModelForCausalLM.from_pretrained(scores.name, dtype=settings.dtype)
