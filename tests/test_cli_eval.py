@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from longattn.checkpoint import extend_checkpoint
 from longattn.cli import app
 from longattn.cli.eval import parse_lengths
+from longattn.cli.eval_tables import tables
 from longattn.demo import MODEL_FOLDER
 from longattn.demo.text import read_documents
 from longattn.evaluate import TASKS, evaluate_retrieval, score_last, windows_at
@@ -301,6 +302,17 @@ def test_every_question_is_tried_before_anything_is_measured(folder):
         models = [("model", str(folder / "original"))]
         evaluate(models, documents, settings, text_name="a", progress=lambda doing, tokens: done.append(doing))
     assert not done
+
+
+@pytest.mark.parametrize(("lengths", "shown"), [([64, 128], "stride 63 at 64, 64 at 128"), ([65, 128], "stride 64")])
+def test_strides_shown_are_those_that_were_used(folder, lengths, shown):
+    settings = Settings(lengths, last=16, windows=1, sliding_windows=2, stride=64)
+    documents = list(load_documents(folder / "books"))
+    evaluation = evaluate([("model", str(folder / "original"))], documents, settings, text_name="a")
+    assert [score["stride"] for score in evaluation.to_dict()["models"][0]["sliding"]] == [min(64, lengths[0] - 1), 64]
+    titles = [str(part) for table in tables(evaluation) for part in table.renderables]
+    assert any(title.endswith(f", {shown}") for title in titles)
+    assert f">{shown.capitalize()}; windows:" in page_of(evaluation)
 
 
 def test_model_without_rope_is_measured_too(folder):

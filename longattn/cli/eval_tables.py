@@ -29,7 +29,7 @@ def tables(evaluation: Evaluation) -> Iterator[Group]:
     )
     if settings.sliding_windows:
         yield _by_length(
-            f"Sliding-window perplexity per token, by the window's length, stride {settings.stride}",
+            f"Sliding-window perplexity per token, by the window's length, {evaluation.stride}",
             settings.lengths,
             {
                 "LongLoRA: all tokens": [(model, [score.longlora for score in model.sliding]) for model in models],

@@ -126,14 +126,13 @@ def _last(evaluation: Evaluation) -> str:
 
 
 def _sliding(evaluation: Evaluation) -> str:
-    settings = evaluation.settings
-    if not settings.sliding_windows:
+    if not evaluation.settings.sliding_windows:
         return ""
     counts = ", ".join(f"{score.windows} of {score.length:,}" for score in evaluation.models[-1].sliding)
     return (
         "<section><h2>Sliding windows, as papers report them</h2>"
-        f'<p class="soft">Stride {settings.stride}; windows: {escape(counts)} tokens. Compare rows, not columns, '
-        "which score different tokens.</p>"
+        f'<p class="soft">{evaluation.stride.capitalize()}; windows: {escape(counts)} tokens. Compare rows, '
+        "not columns, which score different tokens.</p>"
         + _by_length(evaluation, "LongLoRA (arXiv:2309.12307): all tokens of every window", _longlora_value)
         + _by_length(evaluation, "YaRN (arXiv:2309.00071): each token once, the last of each window", _yarn_value)
         + "</section>"

@@ -170,6 +170,14 @@ class Evaluation:
     commands: list[str] = field(default_factory=list)
     complete: bool = False
 
+    @property
+    def stride(self) -> str:
+        """The stride of sliding windows in words, of each length where one is too short for what was asked for."""
+        used = {score.length: score.stride for score in self.models[0].sliding}
+        if set(used.values()) <= {self.settings.stride}:
+            return f"stride {self.settings.stride}"
+        return "stride " + ", ".join(f"{stride} at {length:,}" for length, stride in used.items())
+
     def asked(self) -> Evaluation:
         """The same without scores that earlier runs asked for and the last one did not."""
         return replace(self, models=[model.asked(self.settings) for model in self.models])
