@@ -315,6 +315,22 @@ def test_strides_shown_are_those_that_were_used(folder, lengths, shown):
     assert f">{shown.capitalize()}; windows:" in page_of(evaluation)
 
 
+def test_pieces_that_are_left_out_are_counted(folder):
+    """The end of one text has more tokens than the shortest length holds, as its words are shorter than the mean."""
+    build("llama", torch.float32).save_pretrained(folder / "dense")
+    build_tokenizer().save_pretrained(folder / "dense")
+    even, dense = " ".join(f"w{i % 50}" for i in range(500)), " ".join(f"w{i % 9}" for i in range(300))
+    documents = [Document("even", even), Document("dense", dense)]
+    settings = Settings([34, 48], last=32, windows=2, sliding_windows=0)
+    evaluation = evaluate([("model", str(folder / "dense"))], documents, settings, text_name="a")
+    assert (evaluation.text["pieces"], evaluation.text["pieces_left_out"]) == (1, 1)
+    said = "1 pieces (1 more did not fit the lengths)"
+    titles = [str(part) for table in tables(evaluation) for part in table.renderables]
+    assert f"of {said} of text" in titles[0] and f"{said} of a," in page_of(evaluation)
+    evenly = evaluate([("model", str(folder / "dense"))], documents[:1], settings, text_name="a")
+    assert evenly.text["pieces_left_out"] == 0 and "did not fit" not in page_of(evenly)
+
+
 def test_model_without_rope_is_measured_too(folder):
     config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")

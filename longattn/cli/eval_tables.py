@@ -18,9 +18,9 @@ __all__ = ["tables"]
 def tables(evaluation: Evaluation) -> Iterator[Group]:
     """Perplexities by length, then a table for each retrieval task and model."""
     models, settings = evaluation.models, evaluation.settings
-    pieces = evaluation.text["pieces"]
     yield _by_length(
-        f"Perplexity of the same last {settings.last} tokens of {pieces} pieces of text, about, by the tokens in sight",
+        f"Perplexity of the same last {settings.last} tokens of {evaluation.pieces} of text, about, by the tokens in "
+        "sight",
         settings.lengths,
         {
             "per token": [(model, [score.perplexity for score in model.last]) for model in models],

@@ -53,7 +53,7 @@ def page_of(evaluation: Evaluation) -> str:
 def _text_facts(evaluation: Evaluation) -> str:
     text = evaluation.text
     return escape(
-        f"{text['pieces']} pieces of {text['name']}, {text['documents']} texts of {text['characters']:,} characters"
+        f"{evaluation.pieces} of {text['name']}, {text['documents']} texts of {text['characters']:,} characters"
     )
 
 
@@ -119,7 +119,7 @@ def _last(evaluation: Evaluation) -> str:
     tables.append(_by_length(evaluation, "perplexity per byte, comparable between tokenizers", _byte_value))
     return (
         "<section><h2>The same last tokens, with more and more text before them</h2>"
-        f'<p class="soft">About {settings.last} tokens at the end of {evaluation.text["pieces"]} pieces are scored at '
+        f'<p class="soft">About {settings.last} tokens at the end of {evaluation.pieces} are scored at '
         "every length, so that what changes is what the model makes of the text before them. Lower is better.</p>"
         f"<figure>{chart}</figure>{''.join(tables)}</section>"
     )

@@ -171,6 +171,13 @@ class Evaluation:
     complete: bool = False
 
     @property
+    def pieces(self) -> str:
+        """How many pieces of text were scored, in words, and how many more would have been."""
+        left_out = self.text.get("pieces_left_out")  # which files of earlier versions lack
+        more = f" ({left_out} more did not fit the lengths)" if left_out else ""
+        return f"{self.text['pieces']} pieces{more}"
+
+    @property
     def stride(self) -> str:
         """The stride of sliding windows in words, of each length where one is too short for what was asked for."""
         used = {score.length: score.stride for score in self.models[0].sliding}

@@ -87,12 +87,13 @@ def evaluate(
             # a length too short for a question is refused before anything is measured
             for _ in questions(TASKS[task], tokenizer, settings.lengths[0], depth, settings.trials, settings.seed):
                 pass
-    pieces = _pieces(documents, tokenizers, settings)
+    pieces, left_out = _pieces(documents, tokenizers, settings)
     text = {
         "name": text_name,
         "documents": len(documents),
         "characters": sum(len(doc.text) for doc in documents),
         "pieces": len(pieces[0]),
+        "pieces_left_out": left_out,
         "pieces_digest": _digest_of([window for windows in pieces for window in windows]),
     }
     evaluation = Evaluation(settings, text, [ModelScores(name, role) for role, name in models])
@@ -200,8 +201,10 @@ def _cells(
     )
 
 
-def _pieces(documents: Sequence[Document], tokenizers: Sequence[Any], settings: Settings) -> list[list[ScoringWindow]]:
-    """Each tokenizer's windows, which end at the same characters."""
+def _pieces(
+    documents: Sequence[Document], tokenizers: Sequence[Any], settings: Settings
+) -> tuple[list[list[ScoringWindow]], int]:
+    """Each tokenizer's windows, which end at the same characters, and how many ends gave none that fits all lengths."""
     longest, tokenizer = settings.lengths[-1], tokenizers[-1]
     sample = " ".join(doc.text[:SAMPLE_CHARS] for doc in documents[:8])[:SAMPLE_CHARS]
     target_chars = max(1, round(settings.last * len(sample) / max(1, len(encode(tokenizer, sample)))))
@@ -217,7 +220,7 @@ def _pieces(documents: Sequence[Document], tokenizers: Sequence[Any], settings: 
         )
     if not fitting:
         raise ValueError(_too_short(documents, tokenizer, longest))
-    return [list(windows) for windows in zip(*fitting, strict=True)]
+    return [list(windows) for windows in zip(*fitting, strict=True)], len(ends) - len(fitting)
 
 
 def _fits(window: ScoringWindow | None, settings: Settings) -> bool:
