@@ -1,66 +1,36 @@
-"""`longattn eval`: numbers are those of the functions, a stopped run goes on, what can't be measured is refused."""
+"""`longattn eval`: numbers are those of the functions, what is left out is said, what can't be measured is refused."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 
 import pytest
 
 pytest.importorskip("transformers")
 
 import torch
+from eval_runs import SMALL, run, run_everything, write_folder
 from hf_models import build, build_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from longattn.checkpoint import extend_checkpoint
-from longattn.cli import app
 from longattn.cli.eval import parse_lengths
 from longattn.cli.eval_tables import tables
-from longattn.demo import MODEL_FOLDER
-from longattn.demo.text import read_documents
 from longattn.evaluate import TASKS, evaluate_retrieval, score_last, windows_at
 from longattn.evaluate.page import page_of
-from longattn.evaluate.results import ModelScores, Settings, read_evaluation
+from longattn.evaluate.results import Settings, read_evaluation
 from longattn.evaluate.retrieval import questions
-from longattn.evaluate.run import _describe, evaluate, work_of
-from longattn.plan import Plan
+from longattn.evaluate.run import evaluate, work_of
 from longattn.text import Document, load_documents
-
-SMALL = ("--last", "32", "--windows", "3", "--sliding-windows", "2", "--stride", "64", "--trials", "1")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)], prog_name="longattn")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`original`, `longer` with windows and a token that is scored, `books` of three texts that were not trained on."""
-    top = tmp_path_factory.mktemp("eval")
-    texts = [doc.text[:3000] for doc in read_documents(scored=True, min_chars=3000)[:3]]
-    (top / "books").mkdir()
-    for number, text in enumerate(texts):
-        (top / "books" / f"{number}.txt").write_text(text, encoding="utf-8")
-    word = next(found[0] for text in texts if (found := re.findall(r"(?<=\W)[a-z]{2,}(?=\W)", text[-30:])))
-    shutil.copytree(MODEL_FOLDER, top / "original")
-    tokens = {"tokens": [word], "special": False}
-    plan = Plan(rope={"rope_type": "yarn", "factor": 4.0}, attention="window:64+sinks:4", tokens=tokens)
-    extend_checkpoint(top / "original", top / "longer", plan)
-    return top
+    return write_folder(tmp_path_factory.mktemp("eval"))
 
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """One run before and after with everything, in text, JSON and HTML."""
-    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--retrieval", "passkey"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        result = run(*arguments, *SMALL, "--depths", "0.5,1", "--json", "scores.json", "--report", "report.html")
-    assert result.exit_code == 0, result.output
-    return result
+    return run_everything(folder)
 
 
 def test_lengths_are_read_as_people_write_them():
@@ -99,126 +69,6 @@ def test_tables_show_what_json_holds(folder, done):
     assert "passkey, after: answered exactly of 1" in done.stdout
     assert done.stdout.splitlines()[-2:] == ["wrote scores.json", "wrote report.html"]
     assert (folder / "report.html").read_text(encoding="utf-8") == page_of(evaluation)
-
-
-def test_stopped_run_goes_on_where_it_was(folder, done, monkeypatch):
-    """What is in the file is not measured again, and nothing else is lost."""
-    monkeypatch.chdir(folder)
-    whole = json.loads((folder / "scores.json").read_text())
-    part = json.loads((folder / "scores.json").read_text())
-    part["complete"] = False
-    part["models"][1]["last"][0]["nats"] = 12.0  # would be measured otherwise
-    part["models"][1]["last"] = part["models"][1]["last"][:1]
-    part["models"][1]["sliding"], part["models"][1]["cells"] = [], []
-    (folder / "part.json").write_text(json.dumps(part))
-    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--retrieval", "passkey"]
-    result = run(*arguments, *SMALL, "--depths", "0.5,1", "--json", "part.json")
-    assert result.exit_code == 0, result.output
-    again = json.loads((folder / "part.json").read_text())
-    assert again["complete"] and again["models"][0] == whole["models"][0]
-    assert again["models"][1]["last"][0]["nats"] == 12.0
-    assert again["models"][1]["last"][1:] == whole["models"][1]["last"][1:]
-    for name in ("sliding", "cells"):
-        assert again["models"][1][name] == whole["models"][1][name]
-
-
-def test_run_that_goes_on_and_is_stopped_again_keeps_what_it_had(folder, done):
-    before, saved = json.loads((folder / "scores.json").read_text()), folder / "twice.json"
-    shutil.copy(folder / "scores.json", saved)
-    found = read_evaluation(saved)
-    seen = []
-
-    class Stop(BaseException):
-        pass
-
-    def stop(doing, tokens):
-        seen.append(doing)
-        if len(seen) == 2:  # the first was saved
-            raise Stop
-
-    names = [(model.role, model.name) for model in found.models]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.chdir(folder)
-        documents = list(load_documents("books"))
-        evaluate(names, documents, found.settings, text_name="books", saved=saved, progress=stop)
-    after = json.loads(saved.read_text())
-    assert not after["complete"]
-    for was, now in zip(before["models"], after["models"], strict=True):
-        assert was == {**now, "cells": sorted(now["cells"], key=was["cells"].index)}
-
-
-def test_a_run_that_asks_for_less_keeps_the_rest(folder, done, monkeypatch):
-    """The file keeps every number; what is shown is what was asked for."""
-    monkeypatch.chdir(folder)
-    whole = json.loads((folder / "scores.json").read_text())
-    shutil.copy("scores.json", "less.json")
-    arguments = ["longer", "--before", "original", "--text", "books", "--json", "less.json"]
-    asked = ["--lengths", "512", "--retrieval", "passkey", "--depths", "1"]
-    result = run(*arguments, *SMALL, *asked, "--report", "less.html")
-    assert result.exit_code == 0, result.output
-    less = json.loads((folder / "less.json").read_text())
-    assert less["complete"] and less["settings"]["lengths"] == [512]
-    for was, now in zip(whole["models"], less["models"], strict=True):
-        assert was == {**now, "cells": sorted(now["cells"], key=was["cells"].index)}
-    assert "512" in result.stdout and "256" not in result.stdout
-    assert (folder / "less.html").read_text(encoding="utf-8") == page_of(read_evaluation(folder / "less.json"))
-    for count, message in ((0, None), (3, "whose sliding_windows differs: expected 2, got 3")):
-        result = run(*arguments, *SMALL, "--lengths", "512", "--sliding-windows", count)
-        assert (result.exit_code == 0) == (message is None) and (message or "") in result.stderr, result.output
-        assert json.loads((folder / "less.json").read_text())["models"][0]["sliding"] == whole["models"][0]["sliding"]
-
-
-def test_other_evaluations_are_not_gone_on_with(folder, done, monkeypatch):
-    monkeypatch.chdir(folder)
-    arguments = ["longer", "--before", "original", "--text", "books", "--lengths", "256,512", "--json", "scores.json"]
-    for more, message in (
-        (["--last", "16"], "whose last differs: expected 32, got 16"),
-        (["--seed", "3"], "whose seed differs: expected 0, got 3"),
-        (["--windows", "2"], "whose windows differs: expected 3, got 2"),
-        (["--lengths", "256,500"], "whose lengths differs: expected [256, 512], got [256, 500]"),
-        (["--text", "books/0.txt"], "whose text differs: expected books, got books/0.txt"),
-        (["--join"], "whose scored text's digest differs: expected "),
-        (["--sliding-windows", "3"], "whose sliding_windows differs: expected 2, got 3"),
-    ):
-        result = run(*arguments, *SMALL, *more)
-        assert result.exit_code == 2 and message in result.stderr, result.output
-    shutil.copytree("longer", "trained")
-    model = AutoModelForCausalLM.from_pretrained("trained")
-    model.lm_head.weight.data[5] += 1.0
-    model.save_pretrained("trained")
-    shutil.move("longer", "kept")
-    shutil.move("trained", "longer")
-    try:
-        result = run(*arguments, *SMALL)
-    finally:
-        shutil.move("longer", "trained")
-        shutil.move("kept", "longer")
-    assert result.exit_code == 2 and "was measured on other weights of longer" in result.stderr, result.output
-    (folder / "other.json").write_text("{}")
-    result = run(*arguments[:-1], "other.json", *SMALL)
-    assert result.exit_code == 2 and "must be new, or written by longattn eval" in result.stderr
-
-
-def test_a_run_with_other_models_says_so(folder, done, monkeypatch):
-    monkeypatch.chdir(folder)
-    arguments = ["--text", "books", "--lengths", "256,512", *SMALL]
-    result = run("longer", *arguments, "--json", "scores.json")
-    assert result.exit_code == 2
-    assert "whose --before differs: expected original, got none; ask for what it holds, or give" in result.stderr
-    alone = [*arguments, "--sliding-windows", "0", "--json", "alone.json"]
-    assert run("longer", *alone).exit_code == 0
-    result = run("longer", *alone, "--before", "original")
-    assert result.exit_code == 2 and "whose --before differs: expected none, got original;" in result.stderr
-
-
-def test_weights_of_which_few_rows_differ_are_other_weights():
-    config = dict(vocab_size=8192, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
-    before, after = ModelScores("a", "model"), ModelScores("a", "model")
-    _describe(before, model)
-    model.model.embed_tokens.weight.data[5] += 1.0
-    _describe(after, model)
-    assert before.weights != after.weights
 
 
 @pytest.mark.parametrize(
