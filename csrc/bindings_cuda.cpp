@@ -181,8 +181,17 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
   Tensor sums = torch::stable::new_empty(t.query, {sizes.sink_sums_bytes}, ScalarType::Byte);
   b.stats = static_cast<longattn::cuda::RowStats*>(stats.mutable_data_ptr());
   b.sink_sums = static_cast<float*>(sums.mutable_data_ptr());
+  const bool sm90 = longattn::cuda::sm90_takes(b);
+  const longattn::cuda::SinglePassScratch single =
+      sm90 ? longattn::cuda::single_pass_scratch(b) : longattn::cuda::SinglePassScratch{};
+  Tensor query_sums = torch::stable::new_empty(t.query, {single.sums_bytes}, ScalarType::Byte);
+  Tensor query_flags = torch::stable::new_zeros(t.query, {single.flags_bytes}, ScalarType::Byte);
+  if (single.sums_bytes > 0) {
+    b.query_sums = static_cast<float*>(query_sums.mutable_data_ptr());
+    b.query_flags = static_cast<int32_t*>(query_flags.mutable_data_ptr());
+  }
   const auto run =
-      longattn::cuda::sm90_takes(b) ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
+      sm90 ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
   check(run(b, current.stream), "attention backward");
 }
 

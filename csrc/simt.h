@@ -22,13 +22,16 @@ struct alignas(16) Chunk {  // what a lane moves at once
 
 #define SIMT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  simt::launch(kernel, grid, threads, shared_bytes, stream, __VA_ARGS__)
+  simt::launch(kernel, grid, threads, shared_bytes, stream, false, __VA_ARGS__)
+// Of blocks that wait for each other: all run at once, or the launch is an error.
+#define SIMT_LAUNCH_TOGETHER(kernel, grid, threads, shared_bytes, stream, ...) \
+  simt::launch(kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
 
 namespace simt {
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
-                   const Args&... args) {
+                   bool together, const Args&... args) {
   if (shared_bytes > 48 * 1024) {  // above this a kernel must ask, on each device
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -39,6 +42,11 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t sh
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = together ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

@@ -84,6 +84,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
+// Whether it has ended, for who has something else to do meanwhile.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // The value of the first lane, where all have the same: so that the compiler knows it.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
@@ -116,6 +129,64 @@ __device__ __forceinline__ void store_box(uint32_t from, const TensorMap& map, c
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the stores of this thread have read shared memory.
 __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Contiguous floats from shared memory, which replace those in global memory or are added to them; 16-byte aligned.
+template <bool kAdd>
+__device__ __forceinline__ void store_floats(float* to, uint32_t from, uint32_t bytes) {
+  if constexpr (kAdd)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void store_floats_commit() { store_commit(); }
+// Until all but the last kPending groups of this thread's stores are where others can read them.
+template <int kPending>
+__device__ __forceinline__ void store_floats_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Orders this thread's accesses to global memory, and what it has been let see, with its copies.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Flags in global memory: who sees a value sees all that was done before it was raised.
+__device__ __forceinline__ bool flag_is(const int* flag, int value) {
+  int found;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  return found == value;
+}
+__device__ __forceinline__ void wait_for_flag(const int* flag, int value) {
+  while (!flag_is(flag, value)) {
+  }
+}
+__device__ __forceinline__ void raise_flag(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// Of what other blocks have written: past the first level of caches, which does not see it.
+__device__ __forceinline__ Chunk load_sums(const float* from) {
+  Chunk chunk;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(chunk.word[0]), "=r"(chunk.word[1]), "=r"(chunk.word[2]), "=r"(chunk.word[3])
+               : "l"(from)
+               : "memory");
+  return chunk;
+}
+
+// 16 bytes of each lane, behind a fence for copies to read.
+__device__ __forceinline__ void store_shared_chunk(uint32_t address, const Chunk& chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(chunk.word[0]), "r"(chunk.word[1]),
+               "r"(chunk.word[2]), "r"(chunk.word[3])
+               : "memory");
+}
+// Four 8x8 matrices as sums hold them; lanes 8 i .. 8 i + 7 give the addresses of the rows of matrix i.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // What this thread wrote to shared memory becomes visible to copies and products, behind the next barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A barrier of so many warpgroups; id 1 to 15, as 0 is __syncthreads.
@@ -175,6 +246,23 @@ __device__ __forceinline__ void wgmma_wait(float (&sum)[kSize], float (&other)[k
   }
 SIMT_WGMMA_SS(32, 16, SIMT_R16, SIMT_LIST(SIMT_F16(0)), "%16, %17", "%18")
 SIMT_WGMMA_SS(64, 32, SIMT_R0, SIMT_LIST(SIMT_F32(0)), "%32, %33", "%34")
+
+// Adds to sums of 64 x 64: A and B in shared memory, both across: with contiguous m and n.
+template <typename Type>
+__device__ __forceinline__ void wgmma_ss_across(float (&d)[32], uint64_t a, uint64_t b) {
+  if constexpr (std::is_same_v<Type, Bf16>)
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SIMT_R0 "}, %32, %33, p, 1, 1, 1, 1;\n}"
+        : SIMT_F32(0)
+        : "l"(a), "l"(b));
+  else
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SIMT_R0 "}, %32, %33, p, 1, 1, 1, 1;\n}"
+        : SIMT_F32(0)
+        : "l"(a), "l"(b));
+}
 
 // Adds to sums of 64 x kN: A [64, 16] in registers, B [16, kN] in shared memory with contiguous n.
 #define SIMT_WGMMA_RS(kN, kSums, registers, operands, rest)                                        \

@@ -63,6 +63,8 @@ struct BackwardParams {
   RowStats* stats;          // scratch [B, heads, num_queries]
   float* sink_sums;         // scratch [B, kv_heads, sink_chunks, 2, sink_keys, head_dim]: of grad_key and grad_value
   int32_t sink_keys, sink_chunks;
+  float* query_sums;     // scratch of a backward in one pass (window_attn_sm90.h), else null
+  int32_t* query_flags;  // beside it, zeros
 };
 
 // Queries whose gradients of the sink keys one block sums: keys that all later queries see are split among blocks.

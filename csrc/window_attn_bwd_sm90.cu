@@ -108,6 +108,7 @@ cudaError_t window_attn_backward_sm90(const BackwardParams& b, cudaStream_t stre
   if (why_not_sm90(b) || p.rows.num_queries == 0) return cudaErrorInvalidValue;
   const cudaError_t error = window_attn_before_passes(b, stream);
   if (error != cudaSuccess || static_cast<int64_t>(p.batch) * p.heads == 0) return error;
+  if (b.query_sums) return window_attn_single_pass_sm90(b, stream);
   return p.bf16 ? choose_passes_sm90<simt::Bf16>(b, stream) : choose_passes_sm90<simt::Fp16>(b, stream);
 }
 

@@ -92,7 +92,7 @@ struct HopperGradients : HopperConsumer<Traits, Plan, HopperBackwardParams> {
     });
   }
 
- private:
+ protected:
   // The streamed tensor that this warpgroup needs no more once s and dp are there, -1 for none.
   static constexpr int kPassedOnEarly = !kOfLogits ? 0 : kOfValues || Plan::kColumnStats ? -1 : 1;
 

@@ -122,8 +122,8 @@ struct HopperShared {
     return reinterpret_cast<RowStats*>(memory + kStats + static_cast<int>(stage) * kStatsBytes);
   }
 
-  // By one thread, before all others go on.
-  __device__ __forceinline__ void init_barriers() const {
+  // By one thread, before all others go on. `more_readers` arrive where a plan is free again, beside those known here.
+  __device__ __forceinline__ void init_barriers(int more_readers = 0) const {
     const auto init = [&](int first, int count, int filled, int freed) {
       for (int i = 0; i < count; ++i) {
         simt::mbarrier_init(barrier(first + i), filled);
@@ -134,7 +134,7 @@ struct HopperShared {
     init(kRowsFull, kRowSlots, 1, kConsumers / Traits::kRowGroups);
     init(kStreamFull, kStages, 1, 4 * kConsumers);
     init(kStreamFull + 2 * kStages, kStages, 1 + kStatsWarps, 4 * kConsumers);
-    init(kPlanFull, 2, 1, 4 * kConsumers + 1 + kStatsWarps);
+    init(kPlanFull, 2, 1, 4 * kConsumers + 1 + kStatsWarps + more_readers);
     simt::mbarrier_init(barrier(kAside), 1);
     simt::mbarrier_fence_init();
   }

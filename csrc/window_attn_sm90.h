@@ -20,4 +20,14 @@ bool sm90_takes(const BackwardParams& params);
 cudaError_t window_attn_forward_sm90(const AttentionParams& params, cudaStream_t stream);
 cudaError_t window_attn_backward_sm90(const BackwardParams& params, cudaStream_t stream);
 
+// Scratch of a backward that forms all gradients in one pass; no bytes where it is to form them in two. Calls that the
+// one pass serves and gains by have it, or those that LONGATTN_HOPPER_BACKWARD says (README, "Install").
+struct SinglePassScratch {
+  int64_t sums_bytes, flags_bytes;  // of BackwardParams' query_sums, and of query_flags, which are to be zeros
+};
+SinglePassScratch single_pass_scratch(const BackwardParams& params);
+
+// The pass itself, behind window_attn_before_passes.
+cudaError_t window_attn_single_pass_sm90(const BackwardParams& params, cudaStream_t stream);
+
 }  // namespace longattn::cuda

@@ -51,7 +51,7 @@ class BackwardParams(ctypes.Structure):
     _fields_ = [
         ("forward", Params), ("grad_out", View), ("grad_query", View), ("grad_key", View), ("grad_value", View),
         ("grad_lse", POINTER), ("grad_sink_logits", POINTER), ("stats", POINTER), ("sink_sums", POINTER),
-        ("sink_keys", INT32), ("sink_chunks", INT32),
+        ("sink_keys", INT32), ("sink_chunks", INT32), ("query_sums", POINTER), ("query_flags", POINTER),
     ]  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class Emulated:
     def __init__(self, program: Path, folder: Path) -> None:
         self.program, self.folder = program, folder
         self.multiprocessors = 8
+        self.environment: dict[str, str] = {}
         self.counters: dict[str, int] = {}
         self.output = ""
 
@@ -126,7 +127,7 @@ class Emulated:
             grads.append(torch.full_like(sink_logits, torch.nan))
         strides = [x.stride(i) for x in (grad_out, *grads[:3]) for i in range(3)]
         params.aligned = params.aligned and all(stride % 8 == 0 for stride in strides)
-        whole = BackwardParams(params, _view(grad_out), *map(_view, grads[:3]), None, None, None, None, 0, 0)
+        whole = BackwardParams(params, _view(grad_out), *map(_view, grads[:3]), None, None, None, None, 0, 0, None, None)
         rows = [sink_logits, cu_seqlens, kv_start, kv_end]
         tensors = [*inputs, *saved, *rows, grad_out, grad_lse, *grads]
         tensors += [None] * (15 - len(tensors))
@@ -140,9 +141,8 @@ class Emulated:
             for tensor in tensors:
                 data = _span(tensor) if tensor is not None else None
                 file.write(struct.pack("q", -1 if data is None else len(data)) + (data or b""))
-        done = subprocess.run(
-            [self.program, which, case, result, str(seed), str(self.multiprocessors)], capture_output=True, text=True
-        )
+        command = [self.program, which, case, result, str(seed), str(self.multiprocessors)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.environment)
         self.output = done.stderr
         assert done.returncode == 0, done.stderr[-3000:]
         self.counters = json.loads(done.stdout)

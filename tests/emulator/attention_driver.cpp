@@ -11,6 +11,7 @@
 #include "window_attn_fwd_sm90.cu"
 #if LONGATTN_DRIVE_SM90 == 2
 #include "window_attn_bwd.cu"
+#include "window_attn_bwd_single_sm90.cu"
 #include "window_attn_bwd_sm90.cu"
 #endif
 #else
@@ -105,6 +106,11 @@ cudaError_t backward(std::ifstream& in, Buffers& buffers) {
   b.stats = static_cast<RowStats*>(buffers.scratch(scratch.stats_bytes));
   b.sink_sums = static_cast<float*>(buffers.scratch(scratch.sink_sums_bytes));
 #ifdef LONGATTN_DRIVE_SM90
+  if (const SinglePassScratch single = single_pass_scratch(b); single.sums_bytes > 0) {
+    b.query_sums = static_cast<float*>(buffers.scratch(single.sums_bytes));
+    b.query_flags = static_cast<int32_t*>(buffers.scratch(single.flags_bytes));
+    std::fill_n(reinterpret_cast<char*>(b.query_flags), single.flags_bytes, '\0');
+  }
   return window_attn_backward_sm90(b, nullptr);
 #else
   return window_attn_backward(b, nullptr);

@@ -2,12 +2,14 @@
 //
 // A thread runs until it waits. A warp collective is a rendezvous of its 32 threads, carried out once by the last to
 // arrive; lanes that meet in different instructions, or never, end the program with a message. Seed 0 is a fixed round
-// of all warps; any other seed is a random schedule that lets one warp run far ahead of the others.
+// of all warps; any other seed is a random schedule that lets one warp run far ahead of the others. Blocks run one after
+// the other, or, where they wait for each other, all at once, by the same two kinds of schedule.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -56,19 +58,7 @@ struct Warp {
   char edge;
 };
 
-struct Block {
-  dim3 index, threads_dim, grid_dim;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  unsigned char* shared = nullptr;
-  size_t shared_bytes = 0;
-  unsigned at_barrier = 0, live = 0;
-  char barrier_edge = 0, start_edge = 0, end_edge = 0;
-  Context scheduler;
-  const std::function<void()>* body = nullptr;
-};
-
-// What works beside the threads, where a family of devices has such a thing.
+// What works beside the threads of a block, where a family of devices has such a thing.
 struct Engine {
   virtual void start_block() = 0;
   virtual void end_block() = 0;
@@ -76,8 +66,22 @@ struct Engine {
   virtual ~Engine() = default;
 };
 
+struct Block {
+  dim3 index, threads_dim, grid_dim;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned char *shared = nullptr, *stacks = nullptr;
+  size_t shared_bytes = 0;
+  unsigned at_barrier = 0, live = 0;
+  char barrier_edge = 0, start_edge = 0, end_edge = 0;
+  unsigned favoured = 0, burst = 0;  // the warp that runs ahead, and for how long yet
+  std::unique_ptr<Engine> engine;
+  Context scheduler;
+  const std::function<void()>* body = nullptr;
+};
+
 inline Block* block = nullptr;
-inline Engine* engine = nullptr;
+inline std::unique_ptr<Engine> (*make_engine)() = nullptr;
 inline Thread* self = nullptr;
 inline Counters counters;
 inline unsigned schedule_seed = 0;
@@ -169,87 +173,124 @@ inline bool run_warp(Block& running, unsigned warp, unsigned first) {
   return progress;
 }
 
-inline void run_block(Block& running, std::mt19937& random) {
+// One round of a block, the current one; whether anything happened.
+inline bool run_round(Block& running, std::mt19937& random) {
   const unsigned warps = static_cast<unsigned>(running.warps.size());
+  bool progress = false;
+  if (schedule_seed && running.burst == 0) {
+    running.favoured = random() % warps;
+    running.burst = 1u << random() % 12;
+  }
+  for (unsigned w = 0; w < warps && !(schedule_seed && progress); ++w)  // others only while the favoured one waits
+    progress |=
+        schedule_seed ? run_warp(running, (running.favoured + w) % warps, random() % 32) : run_warp(running, w, 0);
+  if (running.burst) --running.burst;
+  if (running.engine && (!progress || (schedule_seed && random() % 4 == 0))) progress |= running.engine->step(random());
+  return progress;
+}
+
+// Runs the first `count` of these blocks to their ends.
+inline void run_blocks(std::vector<Block>& blocks, unsigned count, std::mt19937& random) {
   unsigned favoured = 0, burst = 0;
-  while (running.live) {
-    bool progress = false;
-    if (schedule_seed && burst == 0) {
-      favoured = random() % warps;
+  const auto lives = [](const Block& each) { return each.live > 0; };
+  while (std::any_of(blocks.begin(), blocks.begin() + count, lives)) {
+    if (schedule_seed && count > 1 && burst == 0) {
+      favoured = random() % count;
       burst = 1u << random() % 12;
     }
-    for (unsigned w = 0; w < warps && !(schedule_seed && progress); ++w)  // others only while the favoured one waits
-      progress |= schedule_seed ? run_warp(running, (favoured + w) % warps, random() % 32) : run_warp(running, w, 0);
     if (burst) --burst;
-    if (engine && (!progress || (schedule_seed && random() % 4 == 0))) progress |= engine->step(random());
-    if (!progress) fail(running.at_barrier ? "deadlock at __syncthreads" : "deadlock in a warp collective");
+    bool progress = false;
+    for (unsigned i = 0; i < count && !(schedule_seed && progress); ++i) {
+      Block& each = blocks[(favoured + i) % count];
+      if (!each.live) continue;
+      block = &each;
+      progress |= run_round(each, random);
+    }
+    if (!progress) fail(block->at_barrier ? "deadlock at __syncthreads" : "deadlock in a warp collective");
   }
 }
 
-// Runs a grid, block after block. Shared memory starts as NaNs; pages behind it are fenced for the address sanitizer.
-inline void launch(dim3 grid, dim3 threads_dim, size_t shared_bytes, const std::function<void()>& body) {
-  const unsigned threads = threads_dim.x * threads_dim.y * threads_dim.z;
+// Places a block of the grid on `running`. Shared memory starts as NaNs; pages behind it are fenced for the address
+// sanitizer.
+inline void start_block(Block& running, unsigned index, size_t shared_pages) {
+  const size_t threads = running.threads.size();
+#ifdef __SANITIZE_THREAD__
+  if (running.shared) {  // so that the sanitizer forgets the accesses of the block before
+    munmap(running.shared, shared_pages);
+    munmap(running.stacks, threads * kStackBytes);
+    running.shared = nullptr;
+  }
+#endif
+  if (!running.shared) {
+    running.shared = map_pages(shared_pages);
+    running.stacks = map_pages(threads * kStackBytes);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(running.shared, shared_pages);
+#endif
+  for (size_t byte = 0; byte < running.shared_bytes; ++byte) running.shared[byte] = 0xff;
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_POISON_MEMORY_REGION(running.shared + running.shared_bytes, shared_pages - running.shared_bytes);
+#endif
+  const dim3 grid = running.grid_dim;
+  running.index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+  running.live = static_cast<unsigned>(threads);
+  running.at_barrier = running.favoured = running.burst = 0;
+  running.warps.assign(threads / 32, Warp());
+  for (unsigned t = 0; t < threads; ++t) {
+    Thread& thread = running.threads[t];
+    thread.index = t;
+    thread.lane = t % 32;
+    thread.warp = t / 32;
+    thread.state = State::kReady;
+    thread.context.start(running.stacks + t * kStackBytes, thread_main);
+    running.warps[t / 32].live |= 1u << t % 32;
+  }
+  block = &running;
+  if (running.engine) running.engine->start_block();
+}
+
+// Runs a grid, `at_once` blocks at a time.
+inline void launch(dim3 grid, dim3 threads_dim, size_t shared_bytes, const std::function<void()>& body,
+                   unsigned at_once = 1) {
+  const unsigned threads = threads_dim.x * threads_dim.y * threads_dim.z, total = grid.x * grid.y * grid.z;
   const size_t shared_pages = (shared_bytes + 8191) / 4096 * 4096;
   Unwatched unwatched;
-  Block running;
-  running.threads_dim = threads_dim;
-  running.grid_dim = grid;
-  running.shared_bytes = shared_bytes;
-  running.body = &body;
-  block = &running;
-  if (threads % 32) fail("a block must hold whole warps");
-  release(&running.start_edge);
+  std::vector<Block> blocks(std::min(at_once, total));
   std::mt19937 random(schedule_seed);
-  running.threads.resize(threads);
-  unsigned char *shared = nullptr, *stacks = nullptr;
-  for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
-#ifdef __SANITIZE_THREAD__
-    if (shared) {  // so that the sanitizer forgets the accesses of the block before
-      munmap(shared, shared_pages);
-      munmap(stacks, threads * kStackBytes);
-      shared = nullptr;
-    }
-#endif
-    if (!shared) {
-      shared = map_pages(shared_pages);
-      stacks = map_pages(threads * kStackBytes);
-    }
-#ifdef __SANITIZE_ADDRESS__
-    ASAN_UNPOISON_MEMORY_REGION(shared, shared_pages);
-#endif
-    for (size_t byte = 0; byte < shared_bytes; ++byte) shared[byte] = 0xff;
-#ifdef __SANITIZE_ADDRESS__
-    ASAN_POISON_MEMORY_REGION(shared + shared_bytes, shared_pages - shared_bytes);
-#endif
-    running.shared = shared;
-    running.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    running.live = threads;
-    running.at_barrier = 0;
-    running.warps.assign(threads / 32, Warp());
-    for (unsigned t = 0; t < threads; ++t) {
-      Thread& thread = running.threads[t];
-      thread.index = t;
-      thread.lane = t % 32;
-      thread.warp = t / 32;
-      thread.state = State::kReady;
-      thread.context.start(stacks + t * kStackBytes, thread_main);
-      running.warps[t / 32].live |= 1u << t % 32;
-    }
+  for (Block& each : blocks) {
+    each.threads_dim = threads_dim;
+    each.grid_dim = grid;
+    each.shared_bytes = shared_bytes;
+    each.body = &body;
+    each.threads.resize(threads);
+    if (make_engine) each.engine = make_engine();
+    block = &each;
+    if (threads % 32) fail("a block must hold whole warps");
+    release(&each.start_edge);
+  }
+  for (unsigned first = 0; first < total; first += at_once) {
+    const unsigned count = std::min(at_once, total - first);
+    for (unsigned i = 0; i < count; ++i) start_block(blocks[i], first + i, shared_pages);
     const int64_t mma_before = counters.mma;
-    if (engine) engine->start_block();
-    run_block(running, random);
-    if (engine) engine->end_block();
-    counters.most_mma = std::max(counters.most_mma, counters.mma - mma_before);
-    for (Thread& thread : running.threads) thread.context.finish();
+    run_blocks(blocks, count, random);
+    if (at_once == 1) counters.most_mma = std::max(counters.most_mma, counters.mma - mma_before);
+    for (unsigned i = 0; i < count; ++i) {
+      block = &blocks[i];
+      if (block->engine) block->engine->end_block();
+      for (Thread& thread : block->threads) thread.context.finish();
+    }
   }
-  if (shared) {
+  for (Block& each : blocks) {
+    if (each.shared) {
 #ifdef __SANITIZE_ADDRESS__
-    ASAN_UNPOISON_MEMORY_REGION(shared, shared_pages);
+      ASAN_UNPOISON_MEMORY_REGION(each.shared, shared_pages);
 #endif
-    munmap(shared, shared_pages);
-    munmap(stacks, threads * kStackBytes);
+      munmap(each.shared, shared_pages);
+      munmap(each.stacks, threads * kStackBytes);
+    }
+    acquire(&each.end_edge);
   }
-  acquire(&running.end_edge);
   block = nullptr;
 }
 

@@ -123,7 +123,7 @@ MORE_BUGS = {
         backward=True,
     ),
     "a plan changed while its statistics are brought": HopperBug(
-        RING, "init(kPlanFull, 2, 1, 4 * kConsumers + 1 + kStatsWarps);", "init(kPlanFull, 2, 1, 4 * kConsumers + 1);",
+        RING, "4 * kConsumers + 1 + kStatsWarps + more_readers);", "4 * kConsumers + 1 + more_readers);",
         "data race|arrivals|deadlock|exceeds", THREAD, backward=True,
     ),
     "no mask at the edges of gradients": HopperBug(

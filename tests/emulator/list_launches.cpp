@@ -3,6 +3,7 @@
 #define LONGATTN_LIST_LAUNCHES
 #include "rope.cu"
 #include "window_attn_bwd.cu"
+#include "window_attn_bwd_single_sm90.cu"
 #include "window_attn_bwd_sm90.cu"
 #include "window_attn_fwd.cu"
 #include "window_attn_fwd_sm90.cu"
@@ -22,6 +23,7 @@ int main() {
       b.sink_keys = b.sink_chunks = 1;
       if (!why_not_sm90(p) && window_attn_forward_sm90(p, nullptr) != cudaSuccess) return 1;
       if (!why_not_sm90(b) && window_attn_backward_sm90(b, nullptr) != cudaSuccess) return 1;
+      if (p.head_dim == 64 && window_attn_single_pass_sm90(b, nullptr) != cudaSuccess) return 1;
       if (window_attn_backward(b, nullptr) != cudaSuccess) return 1;
       for (const int queries : {1, 17, kFewQueries + 1}) {
         p.rows.num_queries = queries;

@@ -24,6 +24,7 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 #ifdef LONGATTN_LIST_LAUNCHES  // says what would be launched
 #define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   ((void)(stream), (void)(grid), simt::list_launch<kernel>(threads, shared_bytes))
+#define SIMT_LAUNCH_TOGETHER SIMT_LAUNCH
 namespace simt {
 template <auto kKernel>
 cudaError_t list_launch(dim3 threads, size_t shared_bytes) {
@@ -34,6 +35,8 @@ cudaError_t list_launch(dim3 threads, size_t shared_bytes) {
 #else
 #define SIMT_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   ((void)(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }), cudaSuccess)
+#define SIMT_LAUNCH_TOGETHER(kernel, grid, threads, shared_bytes, stream, ...) \
+  ((void)(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }, (grid).x), cudaSuccess)
 #endif
 
 #define ldmatrix_x4(fragment, address) load_matrices<false>(fragment, address, __LINE__)

@@ -2,7 +2,8 @@
 //
 // A copy is carried out at a random time after its issue: its destination holds NaNs until then, and it is an agent of
 // its own for the thread sanitizer, ordered by its issue and its mbarrier alone. A product is carried out when its
-// warpgroup waits for it: operands are read then, and sums hold NaNs in between.
+// warpgroup waits for it: operands are read then, and sums hold NaNs in between. Copies in one piece, and what else
+// blocks that add to one sum need, are in bulk90.h.
 #pragma once
 
 #include <map>
@@ -61,6 +62,7 @@ struct Product {
   float* sum[128];
   const uint32_t* a[128];  // registers; else a descriptor
   uint64_t left, right;
+  bool left_k, right_k;  // whether k is contiguous
   bool add;
   int n;
   float (*load)(uint16_t);
@@ -82,6 +84,28 @@ struct Stores {  // of one thread
   char edge = 0;
 };
 
+struct BulkCopy {  // contiguous floats to global memory: read at one time, written or added a quarter at a time later
+  uint32_t shared;
+  float* global;
+  uint32_t count;
+  bool add;
+  Thread* thread;
+  void* fiber;
+  char* edge;
+  std::vector<float> taken;
+  uint32_t written = 0;
+  uint64_t group = 0;
+};
+
+struct BulkGroups {  // of one thread
+  uint64_t committed = 0;
+  std::map<uint64_t, int> unfinished;  // copies of a group
+  bool waits = false;
+  uint64_t until = 0;  // that no group before this one is unfinished
+  char edge = 0;
+  bool waited_unfenced = false, acquired_unfenced = false;  // what only a fence lets the other kind of access see
+};
+
 struct NamedBarrier {
   std::vector<Thread*> waiting;
   char edge = 0;
@@ -99,8 +123,15 @@ struct Hopper : Engine {
   std::map<Thread*, Stores> stores;
   std::vector<char> proxy_fenced;
   bool uncommitted = false;
+  std::vector<BulkCopy> bulk;
+  std::map<Thread*, BulkGroups> groups;
+  std::vector<int> unfenced;  // of each 16 bytes of shared memory: the thread that wrote them since its last fence, + 1
+  std::vector<std::vector<uint32_t>> written;  // by each thread, of those
 
   void start_block() override {
+    unfenced.assign(block->shared_bytes / 16 + 1, 0);
+    written.assign(block->threads.size(), {});
+    groups.clear();
     barriers.clear();
     named.clear();
     stores.clear();
@@ -108,14 +139,18 @@ struct Hopper : Engine {
     proxy_fenced.assign(block->threads.size(), 0);
   }
   void end_block() override {
-    if (!copies.empty()) fail("a block exits with copies in flight");
+    if (!copies.empty() || !bulk.empty()) fail("a block exits with copies in flight");
     for (const Warpgroup& each : warpgroups)
       if (!each.open.empty() || !each.groups.empty()) fail("a block exits with products in flight");
   }
   // Carries out one of the copies.
   bool step(unsigned random) override {
-    if (copies.empty()) return false;
-    const size_t which = random % copies.size();
+    if (copies.empty() && bulk.empty()) return false;
+    const size_t which = random % (copies.size() + bulk.size());
+    if (which >= copies.size()) {
+      move_bulk(which - copies.size());
+      return true;
+    }
     BoxCopy copy = copies[which];
     copies.erase(copies.begin() + static_cast<ptrdiff_t>(which));
 #ifdef __SANITIZE_THREAD__
@@ -148,7 +183,13 @@ struct Hopper : Engine {
     barrier.waiting.clear();
   }
 
+  // Copies and products see what threads wrote only behind the fences of those.
+  void check_fenced(uint32_t address) const {
+    if (unfenced[address / 16]) fail("copy or product: reads what no fence has made visible to it");
+  }
+
  private:
+  void move_bulk(size_t which);
   void move(const BoxCopy& copy) {
     const TensorMap& map = copy.map;
     uint32_t row = 0;
@@ -181,20 +222,23 @@ struct Hopper : Engine {
   }
 };
 
-inline Hopper hopper;
-inline const bool hopper_is_the_engine = (engine = &hopper, true);
+inline Hopper& hopper() { return static_cast<Hopper&>(*block->engine); }
+inline const bool hopper_is_the_engine = (make_engine = []() -> std::unique_ptr<Engine> {
+  return std::make_unique<Hopper>();
+},
+                                          true);
 
 inline Barrier& barrier_at(uint32_t address) {
   if (address % 8) fail("mbarrier: misaligned");
-  const auto found = hopper.barriers.find(address);
-  if (found == hopper.barriers.end()) fail("mbarrier: used before it is initialised");
+  const auto found = hopper().barriers.find(address);
+  if (found == hopper().barriers.end()) fail("mbarrier: used before it is initialised");
   return found->second;
 }
 
 inline void mbarrier_init(uint32_t address, int arrivals) {
   Unwatched unwatched;
   shared_at(address, 8);
-  Barrier& barrier = hopper.barriers[address];
+  Barrier& barrier = hopper().barriers[address];
   barrier.count = barrier.pending = arrivals;
 }
 inline void mbarrier_fence_init() {}
@@ -210,7 +254,7 @@ inline void arrive(uint32_t address, int64_t bytes) {
   if (barrier->pending == 0) fail("mbarrier: more arrivals than its count");
   barrier->bytes += bytes;
   --barrier->pending;
-  hopper.turn(*barrier);
+  hopper().turn(*barrier);
 }
 inline void mbarrier_arrive(uint32_t address) { arrive(address, 0); }
 inline void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) { arrive(address, bytes); }
@@ -247,7 +291,7 @@ inline void issue_copy(bool load, uint32_t shared, const TensorMap& map, uint32_
   }
   release(copy.edge);
   Unwatched unwatched;
-  hopper.copies.push_back(copy);
+  hopper().copies.push_back(copy);
 }
 inline void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, const int (&at)[4]) {
   issue_copy(true, to, map, barrier, at);
@@ -256,23 +300,23 @@ inline void store_box(uint32_t from, const TensorMap& map, const int (&at)[4]) {
   {
     Unwatched unwatched;
     for (unsigned i = 0; i < 128; ++i)
-      if (!hopper.proxy_fenced[self->warp / 4 * 128 + i]) fail("copy: a store of what no fence has made visible to it");
-    ++hopper.stores[self].on_their_way;
-    hopper.uncommitted = true;
+      if (!hopper().proxy_fenced[self->warp / 4 * 128 + i]) fail("copy: a store of what no fence has made visible to it");
+    ++hopper().stores[self].on_their_way;
+    hopper().uncommitted = true;
   }
   issue_copy(false, from, map, 0, at);
 }
 inline void store_commit() {
   Unwatched unwatched;
-  for (unsigned i = 0; i < 128; ++i) hopper.proxy_fenced[self->warp / 4 * 128 + i] = 0;
-  hopper.uncommitted = false;
+  for (unsigned i = 0; i < 128; ++i) hopper().proxy_fenced[self->warp / 4 * 128 + i] = 0;
+  hopper().uncommitted = false;
 }
 inline void store_wait_read() {
   Stores* stores;
   {
     Unwatched unwatched;
-    if (hopper.uncommitted) fail("copy: a wait for stores that were not committed");
-    stores = &hopper.stores[self];
+    if (hopper().uncommitted) fail("copy: a wait for stores that were not committed");
+    stores = &hopper().stores[self];
     stores->waited_for = stores->on_their_way > 0;
     if (stores->waited_for) self->state = State::kWaiting;
   }
@@ -281,7 +325,10 @@ inline void store_wait_read() {
 }
 inline void fence_async_proxy() {
   Unwatched unwatched;
-  hopper.proxy_fenced[self->index] = 1;
+  hopper().proxy_fenced[self->index] = 1;
+  for (const uint32_t at : hopper().written[self->index])
+    if (hopper().unfenced[at] == static_cast<int>(self->index) + 1) hopper().unfenced[at] = 0;
+  hopper().written[self->index].clear();
 }
 
 template <int kWarpgroups>
@@ -289,7 +336,7 @@ void sync_warpgroups(int id) {
   NamedBarrier* barrier;
   {
     Unwatched unwatched;
-    barrier = &hopper.named[id];
+    barrier = &hopper().named[id];
   }
   release(&barrier->edge);
   {
@@ -327,7 +374,7 @@ template <typename F>
 void warpgroup_collective(const char* operation, int line, const void* in, F carry_out) {
   {
     Unwatched unwatched;
-    Warpgroup& group = hopper.warpgroups[self->warp / 4];
+    Warpgroup& group = hopper().warpgroups[self->warp / 4];
     if (group.arrived == 0) {
       group.operation = operation;
       group.line = line;
@@ -361,9 +408,14 @@ inline const uint16_t* element_at(uint64_t descriptor, bool k_contiguous, int mn
 inline void carry_out(Product& product) {
   static float left[64][16], right[256][16];
   const bool registers = product.a[0] != nullptr;
+  const auto element = [&](uint64_t descriptor, bool k_contiguous, int mn, int k) {
+    const uint16_t* at = element_at(descriptor, k_contiguous, mn, k);
+    hopper().check_fenced(smem_address(at));
+    return product.load(*at);
+  };
   for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < product.n; ++n) right[n][k] = product.load(*element_at(product.right, !registers, n, k));
-    for (int m = 0; m < 64 && !registers; ++m) left[m][k] = product.load(*element_at(product.left, true, m, k));
+    for (int n = 0; n < product.n; ++n) right[n][k] = element(product.right, product.right_k, n, k);
+    for (int m = 0; m < 64 && !registers; ++m) left[m][k] = element(product.left, product.left_k, m, k);
   }
   for (int thread = 0; thread < 128; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
@@ -390,6 +442,7 @@ struct ProductIn {
   float* sum;
   const uint32_t* a;
   uint64_t left, right;
+  bool left_k, right_k;
   bool add;
   int n;
   float (*load)(uint16_t);
@@ -399,7 +452,7 @@ inline void issue_product(const ProductIn& in, int line) {
   warpgroup_collective("wgmma", line, &in, [](Warpgroup& group) {
     if (!group.fenced) fail("wgmma: registers may have been written since the last wgmma.fence");
     const ProductIn& first = *static_cast<const ProductIn*>(group.in[0]);
-    Product product{{}, {}, {}, first.left, first.right, first.add, first.n, first.load};
+    Product product{{}, {}, {}, first.left, first.right, first.left_k, first.right_k, first.add, first.n, first.load};
     bool pending = false;
     for (const std::vector<Product>* list : {&group.open})
       for (const Product& other : *list) pending |= other.sum[0] == first.sum;
@@ -420,11 +473,15 @@ inline void issue_product(const ProductIn& in, int line) {
 
 template <typename Type, bool kAdd, int kSums>
 void wgmma_ss(float (&sum)[kSums], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, nullptr, a, b, kAdd, 2 * kSums, Type::Emulated::load}, line);
+  issue_product({sum, nullptr, a, b, true, true, kAdd, 2 * kSums, Type::Emulated::load}, line);
+}
+template <typename Type>
+void wgmma_ss_across(float (&sum)[32], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
+  issue_product({sum, nullptr, a, b, false, false, true, 64, Type::Emulated::load}, line);
 }
 template <typename Type, int kSums>
 void wgmma_rs(float (&sum)[kSums], const uint32_t (&a)[4], uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, a, 0, b, true, 2 * kSums, Type::Emulated::load}, line);
+  issue_product({sum, a, 0, b, true, false, true, 2 * kSums, Type::Emulated::load}, line);
 }
 inline void wgmma_fence(int line = __builtin_LINE()) {
   warpgroup_collective("wgmma.fence", line, nullptr, [](Warpgroup& group) { group.fenced = true; });
@@ -444,14 +501,14 @@ inline void read_operands([[maybe_unused]] const Product& product) {
   const bool registers = product.a[0] != nullptr;
   const int first_row = static_cast<int>(self->warp % 4) * 16;
   for (int i = 0; i < product.n * 16; ++i)
-    (void)*const_cast<const volatile uint16_t*>(element_at(product.right, !registers, i / 16, i % 16));
+    (void)*const_cast<const volatile uint16_t*>(element_at(product.right, product.right_k, i / 16, i % 16));
   for (int i = 0; i < 16 * 16 && !registers; ++i)
-    (void)*const_cast<const volatile uint16_t*>(element_at(product.left, true, first_row + i / 16, i % 16));
+    (void)*const_cast<const volatile uint16_t*>(element_at(product.left, product.left_k, first_row + i / 16, i % 16));
 #endif
 }
 
 inline void wait_for_products(size_t pending, int line) {
-  const Warpgroup& mine = hopper.warpgroups[self->warp / 4];
+  const Warpgroup& mine = hopper().warpgroups[self->warp / 4];
   for (size_t i = 0; i + pending < mine.groups.size(); ++i)
     for (const Product& product : mine.groups[i]) read_operands(product);
   warpgroup_collective("wgmma.wait", line, &pending, [](Warpgroup& group) {
@@ -474,3 +531,5 @@ void wgmma_wait(float (&)[kSize], float (&)[kSize], int line = __builtin_LINE())
 }
 
 }  // namespace simt
+
+#include "emulator/bulk90.h"

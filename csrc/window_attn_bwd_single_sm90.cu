@@ -1,0 +1,79 @@
+// Backward of banded attention on Hopper in one pass: which calls it serves, and which of these gain by it.
+#include "window_attn_bwd_single_sm90.cuh"
+#include "window_attn_maps_sm90.cuh"
+
+namespace longattn::cuda {
+namespace {
+
+template <typename Type>
+using SinglePass = SingleTraits<Type, 64, 4>;
+
+// Keys that a query sees at most from which on one pass is expected to be faster (csrc/NOTES_SM90.md).
+constexpr int64_t kManyKeys = 512;
+
+// LONGATTN_HOPPER_BACKWARD=one or two (README, "Install"): as many passes, wherever one can serve.
+int asked_passes() {
+  static const int asked = [] {
+    const char* value = std::getenv("LONGATTN_HOPPER_BACKWARD");
+    const std::string_view text = value ? value : "";
+    return text == "one" ? 1 : text == "two" ? 2 : 0;
+  }();
+  return asked;
+}
+
+int64_t most_keys(const AttentionParams& p) {
+  const int64_t reach = p.band.group ? p.band.group : p.band.left + p.band.right + 1;
+  return smaller<int64_t>(reach, p.rows.num_keys);
+}
+
+int query_tiles(const AttentionParams& p) {
+  const int bits = 6 - packed_bits(p);
+  return (p.rows.num_queries + (1 << bits) - 1) >> bits;
+}
+
+template <class Traits>
+cudaError_t launch_single_pass(const BackwardParams& b, cudaStream_t stream) {
+  const AttentionParams& a = b.forward;
+  SingleParams p{};
+  p.attention = a;
+  p.packed_bits = packed_bits(a);
+  p.parts = a.heads / a.kv_heads >> p.packed_bits;
+  p.stats = b.stats;
+  p.sums = b.query_sums;
+  p.flags = b.query_flags;
+  p.query_tiles = query_tiles(a);
+  HopperMaps<Traits> maps{p};
+  maps.key(p.rows[0], a.key);
+  maps.key(p.rows[1], a.value);
+  maps.query(p.streamed[0], a.query);
+  maps.query(p.streamed[1], b.grad_out);
+  maps.key(p.out[0], b.grad_key);
+  maps.key(p.out[1], b.grad_value);
+  maps.query(p.query_out, b.grad_query);
+  if (!maps.made || !deal_tiles(p, a.rows.num_keys, Traits::kRows, a.kv_heads)) return cudaErrorInvalidValue;
+  dim3 grid;
+  const cudaError_t error = count_blocks(p, grid);
+  if (error != cudaSuccess) return error;
+  return SIMT_LAUNCH_TOGETHER(window_attn_bwd_single_sm90<Traits>, grid, dim3(Traits::kThreads),
+                              SingleShared<Traits>::kBytes, stream, p);
+}
+
+}  // namespace
+
+SinglePassScratch single_pass_scratch(const BackwardParams& b) {
+  const AttentionParams& p = b.forward;
+  const bool served = is_built(64) && p.head_dim <= 64 && p.rows.sinks == 0 && !p.rows.kv_end &&
+                      p.rows.num_queries > 0 && !why_not_sm90(b);
+  if (!served || asked_passes() == 2 || (asked_passes() == 0 && most_keys(p) < kManyKeys)) return {0, 0};
+  const int64_t tiles = static_cast<int64_t>(p.batch) * (p.heads >> packed_bits(p)) * query_tiles(p);
+  return {tiles * SingleShared<SinglePass<simt::Bf16>>::kSumBytes, tiles * static_cast<int64_t>(sizeof(int32_t))};
+}
+
+cudaError_t window_attn_single_pass_sm90(const BackwardParams& b, cudaStream_t stream) {
+  if constexpr (is_built(64))
+    return b.forward.bf16 ? launch_single_pass<SinglePass<simt::Bf16>>(b, stream)
+                          : launch_single_pass<SinglePass<simt::Fp16>>(b, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace longattn::cuda

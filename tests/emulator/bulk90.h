@@ -1,0 +1,175 @@
+// What blocks on Hopper need that add to one sum in turn, for g++: contiguous copies and additions to global memory,
+// flags there, and stores to shared memory that copies and products read.
+//
+// A copy in one piece reads shared memory at one random time and writes global memory at four later ones; until then
+// who waited for it is not there yet. A thread that waits for a flag is woken by who raises it, so that waiting in vain
+// is a deadlock and not a loop.
+#pragma once
+
+#include "emulator/simt90.h"
+
+namespace simt {
+
+// Carries out a part of one of the copies.
+inline void Hopper::move_bulk(size_t which) {
+  BulkCopy& copy = bulk[which];
+  const bool reads = copy.taken.empty();
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(copy.fiber, 1);
+  if (reads) acquire(copy.edge);
+#endif
+  const uint32_t part = (copy.count + 3) / 4, end = std::min(copy.count, copy.written + part);
+  if (reads) {
+    std::vector<float> taken(copy.count);
+    for (uint32_t i = 0; i < copy.count; ++i) {
+      check_fenced(copy.shared + 4 * i);
+      taken[i] = *reinterpret_cast<const float*>(shared_at(copy.shared + 4 * i, 4));
+    }
+    copy.taken.swap(taken);
+  } else {
+    for (uint32_t i = copy.written; i < end; ++i) copy.global[i] = copy.add ? copy.global[i] + copy.taken[i] : copy.taken[i];
+    copy.written = end;
+  }
+  BulkGroups& own = groups[copy.thread];
+  const bool done = copy.written == copy.count;
+  if (done) release(&own.edge);
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(block->scheduler.tsan, 1);
+  if (done) __tsan_destroy_fiber(copy.fiber);
+#endif
+  if (!done) return;
+  counters.bytes_written += 4 * int64_t{copy.count};
+  delete copy.edge;
+  if (--own.unfinished[copy.group] == 0) own.unfinished.erase(copy.group);
+  if (own.waits && (own.unfinished.empty() || own.unfinished.begin()->first >= own.until)) {
+    own.waits = false;
+    copy.thread->state = State::kReady;
+  }
+  bulk.erase(bulk.begin() + static_cast<ptrdiff_t>(which));
+}
+
+template <bool kAdd>
+void store_floats(float* to, uint32_t from, uint32_t bytes) {
+  if (from % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16) fail("copy: pieces must be 16-byte aligned");
+  BulkCopy copy{from, to, bytes / 4, kAdd, self, nullptr, nullptr, {}};
+  BulkGroups* own;
+  {
+    Unwatched unwatched;
+    own = &hopper().groups[self];
+    if (own->acquired_unfenced) fail("copy: a flag that no fence has made visible to it");
+    copy.edge = new char;
+    copy.group = own->committed;
+    ++own->unfinished[copy.group];
+#ifdef __SANITIZE_THREAD__
+    copy.fiber = __tsan_create_fiber(0);
+#endif
+  }
+  release(copy.edge);
+  Unwatched unwatched;
+  hopper().bulk.push_back(std::move(copy));
+}
+inline void store_floats_commit() {
+  Unwatched unwatched;
+  ++hopper().groups[self].committed;
+}
+template <int kPending>
+void store_floats_wait() {
+  BulkGroups* own;
+  {
+    Unwatched unwatched;
+    own = &hopper().groups[self];
+    own->until = own->committed < kPending ? 0 : own->committed - kPending;
+    if (own->unfinished.count(own->committed)) fail("copy: a wait for stores that were not committed");
+    own->waits = !own->unfinished.empty() && own->unfinished.begin()->first < own->until;
+    own->waited_unfenced = true;
+    if (own->waits) self->state = State::kWaiting;
+  }
+  wait();
+  acquire(&own->edge);
+}
+inline void fence_async_proxy_global() {
+  Unwatched unwatched;
+  BulkGroups& own = hopper().groups[self];
+  own.waited_unfenced = own.acquired_unfenced = false;
+}
+
+inline bool mbarrier_test(uint32_t address, uint32_t parity) {
+  Barrier* barrier;
+  {
+    Unwatched unwatched;
+    barrier = &barrier_at(address);
+    if (barrier->phase == parity) return false;
+  }
+  acquire(&barrier->edge);
+  return true;
+}
+
+inline std::map<const int*, std::vector<Thread*>> flag_waiters;  // of all blocks
+
+inline bool flag_is(const int* flag, int value) {
+  {
+    Unwatched unwatched;
+    if (*flag != value) return false;
+    hopper().groups[self].acquired_unfenced = true;
+  }
+  acquire(const_cast<int*>(flag));
+  return true;
+}
+inline void wait_for_flag(const int* flag, int value) {
+  while (!flag_is(flag, value)) {
+    {
+      Unwatched unwatched;
+      flag_waiters[flag].push_back(self);
+      self->state = State::kWaiting;
+    }
+    wait();
+  }
+}
+inline void raise_flag(int* flag, int value) {
+  {
+    Unwatched unwatched;
+    if (hopper().groups[self].waited_unfenced) fail("flag: a sum that no fence has made visible to others");
+  }
+  release(flag);
+  Unwatched unwatched;
+  *flag = value;
+  for (Thread* thread : flag_waiters[flag]) thread->state = State::kReady;
+  flag_waiters[flag].clear();
+}
+
+inline Chunk load_sums(const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned global address");
+  return *reinterpret_cast<const Chunk*>(from);
+}
+
+// Written by this thread, to be read by copies or products.
+inline void mark_unfenced(uint32_t address) {
+  hopper().unfenced[address / 16] = static_cast<int>(self->index) + 1;
+  hopper().written[self->index].push_back(address / 16);
+  hopper().proxy_fenced[self->index] = 0;
+}
+inline void store_shared_chunk(uint32_t address, const Chunk& chunk, int line = __builtin_LINE()) {
+  collective("st.shared.v4", line, &address, nullptr, [](Warp& warp) { count_conflicts(warp); });
+  *reinterpret_cast<Chunk*>(shared_at(address, 16)) = chunk;
+  Unwatched unwatched;
+  mark_unfenced(address);
+}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&fragment)[4], int line = __builtin_LINE()) {
+  struct In {
+    uint32_t address;
+    const uint32_t* fragment;
+  } in{address, fragment};
+  Chunk row;
+  collective("stmatrix", line, &in, &row, [](Warp& warp) {
+    count_conflicts(warp);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        static_cast<Chunk*>(warp.out[lane])->word[i] =
+            static_cast<const In*>(warp.in[lane % 8 * 4 + i])->fragment[lane / 8];
+  });
+  *reinterpret_cast<Chunk*>(shared_at(address, 16)) = row;
+  Unwatched unwatched;
+  mark_unfenced(address);
+}
+
+}  // namespace simt
