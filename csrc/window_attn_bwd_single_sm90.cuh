@@ -21,7 +21,7 @@ namespace longattn::cuda {
 template <typename Type_, int kD_, int kStages_>
 struct SingleTraits : HopperTraits<Type_, kD_, 2, kStages_, 2, 2> {
   static constexpr int kThreads = 512;  // 2 warpgroups that form weights, the one for dQ, the one that copies
-  static constexpr int kProducerRegisters = 56, kQueryRegisters = 88, kConsumerRegisters = 184;
+  static constexpr int kProducerRegisters = 64, kQueryRegisters = 96, kConsumerRegisters = 176;
   static_assert(128 * (kProducerRegisters + kQueryRegisters + 2 * kConsumerRegisters) <= 65536);
   static_assert(kD_ == 64, "dQ is one product wide");
 };

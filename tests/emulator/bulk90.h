@@ -13,30 +13,34 @@ namespace simt {
 // Carries out a part of one of the copies.
 inline void Hopper::move_bulk(size_t which) {
   BulkCopy& copy = bulk[which];
-  const bool reads = copy.taken.empty();
-#ifdef __SANITIZE_THREAD__
-  __tsan_switch_to_fiber(copy.fiber, 1);
-  if (reads) acquire(copy.edge);
-#endif
-  const uint32_t part = (copy.count + 3) / 4, end = std::min(copy.count, copy.written + part);
-  if (reads) {
-    std::vector<float> taken(copy.count);
-    for (uint32_t i = 0; i < copy.count; ++i) {
-      check_fenced(copy.shared + 4 * i);
-      taken[i] = *reinterpret_cast<const float*>(shared_at(copy.shared + 4 * i, 4));
-    }
-    copy.taken.swap(taken);
-  } else {
-    for (uint32_t i = copy.written; i < end; ++i) copy.global[i] = copy.add ? copy.global[i] + copy.taken[i] : copy.taken[i];
-    copy.written = end;
-  }
+  const bool reads = copy.taken.empty(), add = copy.add;
+  const uint32_t shared = copy.shared, part = (copy.count + 3) / 4;
+  const uint32_t begin = reads ? 0 : copy.written, end = reads ? copy.count : std::min(copy.count, begin + part);
+  float* global = copy.global;
+  if (reads) copy.taken.resize(copy.count);
   BulkGroups& own = groups[copy.thread];
-  const bool done = copy.written == copy.count;
+  const bool done = !reads && end == copy.count;
+#ifdef __SANITIZE_THREAD__
+  char* const edge = copy.edge;
+  __tsan_switch_to_fiber(copy.fiber, 1);
+  if (reads) acquire(edge);
+#endif
+  for (uint32_t i = begin; i < end; ++i) {
+    float taken = 0.0f;
+    if (reads) taken = *reinterpret_cast<const float*>(shared_at(shared + 4 * i, 4));
+    {
+      Unwatched unwatched;
+      if (reads) check_fenced(shared + 4 * i);
+      reads ? copy.taken[i] = taken : taken = copy.taken[i];
+    }
+    if (!reads) global[i] = add ? global[i] + taken : taken;
+  }
   if (done) release(&own.edge);
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(block->scheduler.tsan, 1);
   if (done) __tsan_destroy_fiber(copy.fiber);
 #endif
+  if (!reads) copy.written = end;
   if (!done) return;
   counters.bytes_written += 4 * int64_t{copy.count};
   delete copy.edge;
