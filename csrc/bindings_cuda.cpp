@@ -190,8 +190,7 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
     b.query_sums = static_cast<float*>(query_sums.mutable_data_ptr());
     b.query_flags = static_cast<int32_t*>(query_flags.mutable_data_ptr());
   }
-  const auto run =
-      sm90 ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
+  const auto run = sm90 ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
   check(run(b, current.stream), "attention backward");
 }
 

@@ -147,9 +147,7 @@ __device__ __forceinline__ void store_floats_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 // Orders this thread's accesses to global memory, and what it has been let see, with its copies.
-__device__ __forceinline__ void fence_async_proxy_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Flags in global memory: who sees a value sees all that was done before it was raised.
 __device__ __forceinline__ bool flag_is(const int* flag, int value) {

@@ -17,7 +17,7 @@ namespace longattn::cuda {
 template <class Traits>
 struct alignas(16) KeyPlan {
   static constexpr int kCleared = -1;
-  static constexpr bool kColumnStats = true;
+  static constexpr bool kColumnStats = true, kInOrder = Traits::kInOrder;
   static_assert(Traits::kColumns == 64);
 
   HopperPlace place;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void plan_keys(const HopperBackwardParams& p,
     const Ring<2> plans = place_in_ring<2>(turn);
     KeyPlan<Traits>& plan = shared.plan(plans.stage);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);
-    if (lane == 0) plan.place = place_keys<Traits>(p, tile_of_wave(wave), part);
+    if (lane == 0) plan.place = place_keys<Traits>(p, tile_of_wave<KeyPlan<Traits>>(wave), part);
     __syncwarp();
     // Formed anew for each key: kept for all of them, they would take more registers than there are.
     const HopperPlace& place = plan.place;

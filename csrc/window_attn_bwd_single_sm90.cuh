@@ -8,9 +8,9 @@
 // there when it is their turn (window_attn_bwd_turns.h), and raises the flag of the next turn. Who has the last turn
 // adds the sums to its own part instead and stores dQ.
 //
-// A tile waits only for tiles that are dealt before it, and nobody waits while holding back what is done: the earliest
-// tile that is not done always goes on. Shared memory: as HopperShared, then dS [2][2 warpgroups], one tile of dQ that
-// leaves, stages of sums [2], turns [2], barriers.
+// A tile waits only for tiles that are dealt before it, so that the earliest one that is not done always goes on.
+// Shared memory: as HopperShared, then dS [2][2 warpgroups], one tile of dQ that leaves, stages of sums [2], turns [2],
+// barriers.
 #pragma once
 
 #include "window_attn_bwd_key_sm90.cuh"
@@ -22,6 +22,7 @@ template <typename Type_, int kD_, int kStages_>
 struct SingleTraits : HopperTraits<Type_, kD_, 2, kStages_, 2, 2> {
   static constexpr int kThreads = 512;  // 2 warpgroups that form weights, the one for dQ, the one that copies
   static constexpr int kProducerRegisters = 64, kQueryRegisters = 96, kConsumerRegisters = 176;
+  static constexpr bool kInOrder = true;
   static_assert(128 * (kProducerRegisters + kQueryRegisters + 2 * kConsumerRegisters) <= 65536);
   static_assert(kD_ == 64, "dQ is one product wide");
 };
@@ -71,14 +72,13 @@ struct SingleShared : HopperShared<Traits, KeyPlan<Traits>> {
   }
 };
 
-// Late keys come first, the same ones of all heads together: turns then seldom wait.
+// Late keys come first. Blocks beside each other have neighbouring keys, which meet the same queries at nearly the same
+// time: Q, dO and the sums are then still in L2.
 template <class Traits>
 __device__ __forceinline__ HopperPlace place_turn(const HopperParams& p, int tile, int set) {
-  const int groups = p.attention.batch * p.attention.kv_heads, group = tile % groups;
-  const int kv_head = group % p.attention.kv_heads;
-  const int first_head = kv_head * (p.attention.heads / p.attention.kv_heads);
-  return {group / p.attention.kv_heads, kv_head, (p.tiles_of_heads - 1 - tile / groups) * Traits::kRows,
-          first_head + (set << p.packed_bits)};
+  HopperPlace place = place_keys<Traits>(p, tile, set);
+  place.first_row = (p.tiles_of_heads - 1) * Traits::kRows - place.first_row;
+  return place;
 }
 
 // The place of a tile of queries' sums and flag.
@@ -97,7 +97,7 @@ __device__ __forceinline__ void plan_turns(const SingleParams& p, const SingleSh
     KeyPlan<Traits>& plan = shared.plan(plans.stage);
     KeyTurns& turns = shared.turns(plans.stage);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);
-    if (lane == 0) plan.place = place_turn<Traits>(p, tile_of_wave(wave), part);
+    if (lane == 0) plan.place = place_turn<Traits>(p, tile_of_wave<KeyPlan<Traits>>(wave), part);
     __syncwarp();
     const HopperPlace& place = plan.place;
     const auto band = [&] { return row_band(p.attention, place.batch, place.streamed_head); };
@@ -382,7 +382,7 @@ struct SingleQueries {
 };
 
 // The thread that has sums added in turn. The next addition is on its way before the last one is there, if both can be;
-// before it waits for anything else, what it has added is passed on.
+// before it waits for anything else, it passes on what it has added, so that others wait less.
 template <class Traits>
 struct SingleTurns {
   using Shared = SingleShared<Traits>;

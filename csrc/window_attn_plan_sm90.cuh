@@ -11,7 +11,7 @@ namespace longattn::cuda {
 template <int kConsumers, int kCleared_>
 struct alignas(16) QueryPlan {
   static constexpr int kCleared = kCleared_;
-  static constexpr bool kColumnStats = false;
+  static constexpr bool kColumnStats = false, kInOrder = false;
 
   HopperPlace place;
   KeyTiles tiles;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void plan_queries(const HopperParams& p, const Hopper
     const Ring<2> plans = place_in_ring<2>(turn);
     Plan& plan = shared.plan(plans.stage);
     simt::mbarrier_wait(shared.barrier(Shared::kPlanFree + plans.stage), plans.parity ^ 1);
-    if (lane == 0) plan.place = place_queries<Traits>(p, tile_of_wave(wave));
+    if (lane == 0) plan.place = place_queries<Traits>(p, tile_of_wave<Plan>(wave));
     __syncwarp();
     const RowBand band = row_band(attention, plan.place.batch, plan.place.row_head);
     const int first = plan.place.first_row, there = smaller(attention.rows.num_queries - first, positions);

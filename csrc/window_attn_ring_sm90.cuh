@@ -25,6 +25,7 @@ struct HopperTraits {
   static_assert(kColumns == 32 || kColumns == 64);
   static_assert(kRowGroups == kConsumers || kRowGroups == 1);
   static constexpr int kThreads = 128 * kConsumers + 128;
+  static constexpr bool kInOrder = false;
   // Registers are given up to those that compute: what launch bounds leave a thread is 168 or 128.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = kConsumers == 2 ? 224 : 152;
   static_assert(kConsumers == 2 || kConsumers == 3);
@@ -141,17 +142,18 @@ struct HopperShared {
 };
 
 // The wave-th tile of this block. Every other wave runs backwards, so that a block whose first tile is long gets a
-// shorter one next.
+// shorter one next, but where tiles wait for those before them (Plan::kInOrder).
+template <class Plan>
 __device__ __forceinline__ int tile_of_wave(int wave) {
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  return wave * blocks + (wave % 2 ? blocks - 1 - block : block);
+  return wave * blocks + (!Plan::kInOrder && wave % 2 ? blocks - 1 - block : block);
 }
 
 // Calls visit(wave, part, turn) for every plan of this block's tiles, in order.
 template <class Plan, typename Visit>
 __device__ __forceinline__ void visit_plans(const HopperParams& p, const Visit& visit) {
 #pragma unroll 1
-  for (int wave = 0, turn = 0; tile_of_wave(wave) < p.tiles_in_total; ++wave)
+  for (int wave = 0, turn = 0; tile_of_wave<Plan>(wave) < p.tiles_in_total; ++wave)
 #pragma unroll 1
     for (int part = 0; part < Plan::parts(p); ++part, ++turn) visit(wave, part, turn);
 }

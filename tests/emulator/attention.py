@@ -127,7 +127,9 @@ class Emulated:
             grads.append(torch.full_like(sink_logits, torch.nan))
         strides = [x.stride(i) for x in (grad_out, *grads[:3]) for i in range(3)]
         params.aligned = params.aligned and all(stride % 8 == 0 for stride in strides)
-        whole = BackwardParams(params, _view(grad_out), *map(_view, grads[:3]), None, None, None, None, 0, 0, None, None)
+        whole = BackwardParams(
+            params, _view(grad_out), *map(_view, grads[:3]), None, None, None, None, 0, 0, None, None
+        )
         rows = [sink_logits, cu_seqlens, kv_start, kv_end]
         tensors = [*inputs, *saved, *rows, grad_out, grad_lse, *grads]
         tensors += [None] * (15 - len(tensors))

@@ -2,8 +2,8 @@
 //
 // A thread runs until it waits. A warp collective is a rendezvous of its 32 threads, carried out once by the last to
 // arrive; lanes that meet in different instructions, or never, end the program with a message. Seed 0 is a fixed round
-// of all warps; any other seed is a random schedule that lets one warp run far ahead of the others. Blocks run one after
-// the other, or, where they wait for each other, all at once, by the same two kinds of schedule.
+// of all warps; any other seed is a random schedule that lets one warp run far ahead of the others. Blocks run one
+// after the other, or, where they wait for each other, all at once, by the same two kinds of schedule.
 #pragma once
 
 #include <algorithm>

@@ -223,10 +223,8 @@ struct Hopper : Engine {
 };
 
 inline Hopper& hopper() { return static_cast<Hopper&>(*block->engine); }
-inline const bool hopper_is_the_engine = (make_engine = []() -> std::unique_ptr<Engine> {
-  return std::make_unique<Hopper>();
-},
-                                          true);
+inline const bool hopper_is_the_engine =
+    (make_engine = []() -> std::unique_ptr<Engine> { return std::make_unique<Hopper>(); }, true);
 
 inline Barrier& barrier_at(uint32_t address) {
   if (address % 8) fail("mbarrier: misaligned");
@@ -300,7 +298,8 @@ inline void store_box(uint32_t from, const TensorMap& map, const int (&at)[4]) {
   {
     Unwatched unwatched;
     for (unsigned i = 0; i < 128; ++i)
-      if (!hopper().proxy_fenced[self->warp / 4 * 128 + i]) fail("copy: a store of what no fence has made visible to it");
+      if (!hopper().proxy_fenced[self->warp / 4 * 128 + i])
+        fail("copy: a store of what no fence has made visible to it");
     ++hopper().stores[self].on_their_way;
     hopper().uncommitted = true;
   }

@@ -38,11 +38,7 @@ extern "C" int turns_probe(const int64_t* ends, const Rows* rows, int batch, int
   }
   std::vector<Tile> of_queries(query_tiles);
   std::vector<Walk> walks(blocks);
-  for (int wave = 0; wave * blocks < tiles; ++wave)  // as tile_of_wave deals them, the last keys first
-    for (int block = 0; block < blocks; ++block) {
-      const int dealt = wave * blocks + (wave % 2 ? blocks - 1 - block : block);
-      if (dealt < tiles) walks[block].tiles.push_back(tiles - 1 - dealt);
-    }
+  for (int tile = tiles - 1; tile >= 0; --tile) walks[(tiles - 1 - tile) % blocks].tiles.push_back(tile);
   for (bool progress = true; progress;) {
     progress = false;
     for (Walk& walk : walks)
