@@ -18,7 +18,7 @@ def library(tmp_path_factory):
     return load(tmp_path_factory.mktemp("turns"), Path(__file__).parent / "emulator" / "turns_probe.cpp", "-O1")
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(bands(), placements(), st.sampled_from([4, 8, 16]), st.integers(0, 4), st.integers(1, 5))
 @example(((0, 0, 0), {}), (20, 60, 1, {"query_start": 7, "key_start": 0}), 4, 3, 2)
 def test_queries_have_one_turn_with_each_tile_of_keys_that_they_see(library, band, placement, size, bits, blocks):
@@ -29,7 +29,7 @@ def test_queries_have_one_turn_with_each_tile_of_keys_that_they_see(library, ban
         assert library.turns_probe((INT64 * 3)(*band[0]), ctypes.byref(rows), row, size, bits, blocks) == 0
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(bands(), st.lists(ANY_BORDER, min_size=1, max_size=6), st.integers(1, 5))
 def test_documents_in_no_order_are_no_deadlock(library, band, borders, blocks):
     """What they give is undefined, but a kernel that waits forever would take the device with it."""
