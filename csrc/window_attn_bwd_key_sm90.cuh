@@ -165,34 +165,39 @@ struct KeyGradients : HopperGradients<Traits, KeyPlan<Traits>, kOfKeys, kOfValue
     }
   }
 
+  // What `differentiate` asks for, of the columns of a stage.
+  __device__ __forceinline__ auto stats_of(uint32_t stage) const {
+    const RowStats* of_columns = shared.stats(stage) + 2 * (threadIdx.x % 4);
+    return [of_columns](int block, int, int i) { return of_columns[8 * block + i]; };
+  }
+  // What `mask` asks for, of the columns from `begin` on.
+  __device__ __forceinline__ auto bits_of(const Plan& plan, int begin) const {
+    const Range* seen_by = plan.seen_by + row_group() * Traits::kGroupRows + row();
+    return [=, this](int half, int word) {
+      const auto column = [&](int query) { return smaller(larger(query - begin, 0), 64) << p.packed_bits; };
+      return Range{column(seen_by[8 * half].begin), column(seen_by[8 * half].end)}.bits(32 * word);
+    };
+  }
+  template <bool kSinks>
+  __device__ __forceinline__ void store(const Plan& plan) {
+    this->template write<kFirst, kLast>(plan.place, [&] {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (kSinks && p.sink_chunks > 0) add_sink_sums(plan, half);
+#pragma unroll
+        for (int which = kFirst; which <= kLast; ++which)
+          stage_row<Traits>(shared.memory + Base::Shared::rows(this->slot(this->wave), which), sum[which - kFirst],
+                            half, row() + 8 * half, which == 0 ? p.attention.scale : 1.0f);
+      }
+    });
+  }
+
   __device__ __forceinline__ void run() {
     const auto walk = [&](const Plan& plan) {
-      const auto stats = [&](uint32_t stage) {
-        const RowStats* of_columns = shared.stats(stage) + 2 * (threadIdx.x % 4);
-        return [of_columns](int block, int, int i) { return of_columns[8 * block + i]; };
-      };
-      const auto bits = [&](int begin) {
-        const Range* seen_by = plan.seen_by + row_group() * Traits::kGroupRows + row();
-        return [=, this](int half, int word) {
-          const auto column = [&](int query) { return smaller(larger(query - begin, 0), 64) << p.packed_bits; };
-          return Range{column(seen_by[8 * half].begin), column(seen_by[8 * half].end)}.bits(32 * word);
-        };
-      };
-      Base::walk(plan, stats, bits);
+      Base::walk(
+          plan, [&](uint32_t stage) { return stats_of(stage); }, [&](int begin) { return bits_of(plan, begin); });
     };
-    const auto end = [&](const Plan& plan) {
-      this->template write<kFirst, kLast>(plan.place, [&] {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (p.sink_chunks > 0) add_sink_sums(plan, half);
-#pragma unroll
-          for (int which = kFirst; which <= kLast; ++which)
-            stage_row<Traits>(shared.memory + Base::Shared::rows(this->slot(this->wave), which), sum[which - kFirst],
-                              half, row() + 8 * half, which == 0 ? p.attention.scale : 1.0f);
-        }
-      });
-    };
-    Base::run([&](const Plan&) { this->start(); }, walk, end);
+    Base::run([&](const Plan&) { this->start(); }, walk, [&](const Plan& plan) { store<true>(plan); });
   }
 };
 

@@ -40,8 +40,9 @@ struct SingleShared : HopperShared<Traits, KeyPlan<Traits>> {
   using Base::base, Base::Base, Base::memory;
   static constexpr int kConsumers = Traits::kConsumers, kSumBytes = 64 * 64 * static_cast<int>(sizeof(float));
   static constexpr int kWeights = (Base::kBytes + 1023) / 1024 * 1024;
-  static constexpr int kLeaving = kWeights + 2 * kConsumers * Traits::kTileBytes;
-  static constexpr int kSums = kLeaving + Traits::kTileBytes;
+  static constexpr int kWeightBytes = Traits::kGroupRows * Traits::kRowBytes;
+  static constexpr int kLeaving = kWeights + 2 * kConsumers * kWeightBytes;
+  static constexpr int kSums = kLeaving + Traits::kRowTile;
   static constexpr int kTurns = kSums + 2 * kSumBytes;
   static constexpr int kOwnBarriers = kTurns + 2 * static_cast<int>((sizeof(KeyTurns) + 7) / 8 * 8);
   static constexpr int kWeightsFull = 0, kWeightsFree = 2, kSumsFull = 4, kSumsFree = 6, kKeysRead = 8;
@@ -53,7 +54,7 @@ struct SingleShared : HopperShared<Traits, KeyPlan<Traits>> {
   }
   // dS of a warpgroup's 64 keys by 64 streamed rows, which are contiguous. Bytes from the start.
   __device__ __forceinline__ static int weights(uint32_t stage, int group) {
-    return kWeights + (static_cast<int>(stage) * kConsumers + group) * Traits::kTileBytes;
+    return kWeights + (static_cast<int>(stage) * kConsumers + group) * kWeightBytes;
   }
   __device__ __forceinline__ static int sums(uint32_t stage) { return kSums + static_cast<int>(stage) * kSumBytes; }
   __device__ __forceinline__ KeyTurns& turns(uint32_t stage) const {
@@ -130,9 +131,9 @@ __device__ __forceinline__ void plan_turns(const SingleParams& p, const SingleSh
 
 // A warpgroup that has keys.
 template <class Traits>
-struct SingleGradients : KeyGradients<Traits> {
+struct SingleGradients : KeyGradients<Traits, true, true> {
   using Plan = KeyPlan<Traits>;
-  using Base = KeyGradients<Traits>;
+  using Base = KeyGradients<Traits, true, true>;
   using Shared = SingleShared<Traits>;
   using Base::group, Base::lane, Base::p, Base::ring, Base::row, Base::slot, Base::sum, Base::wave, Base::weights;
 
@@ -182,8 +183,7 @@ struct SingleGradients : KeyGradients<Traits> {
     ring.advance();
   }
 
-  template <typename Bits>
-  __device__ __forceinline__ void walk(const Plan& plan, const Bits& bits) {
+  __device__ __forceinline__ void walk(const Plan& plan) {
     using Operand = typename Traits::Operand;
     const Operand keys(shared.base + Shared::rows(slot(wave), 0)), values(shared.base + Shared::rows(slot(wave), 1));
     const Range run = plan.groups[group].runs[1];
@@ -194,9 +194,8 @@ struct SingleGradients : KeyGradients<Traits> {
 #pragma unroll 1
     for (; t < end; ++t) {
       this->multiply_rows(keys, values);
-      const RowStats* of_columns = shared.stats(ring.stage) + 2 * (threadIdx.x % 4);
-      this->differentiate([of_columns](int block, int, int i) { return of_columns[8 * block + i]; });
-      if (!simt::uniform(plan.groups[group].interior.holds(t))) this->mask(bits(plan.begin(t)));
+      this->differentiate(this->stats_of(ring.stage));
+      if (!this->is_interior(plan, t)) this->mask(this->bits_of(plan, plan.begin(t)));
       wait_for_room();
       leave_weights();
       add_products();
@@ -207,28 +206,13 @@ struct SingleGradients : KeyGradients<Traits> {
   }
 
   __device__ __forceinline__ void run() {
-    const auto walk_plan = [&](const Plan& plan) {
-      walk(plan, [&](int begin) {
-        const Range* seen_by = plan.seen_by + group * Traits::kGroupRows + row();
-        return [=, this](int half, int word) {
-          const auto column = [&](int query) { return smaller(larger(query - begin, 0), 64) << p.packed_bits; };
-          return Range{column(seen_by[8 * half].begin), column(seen_by[8 * half].end)}.bits(32 * word);
-        };
-      });
-    };
     const auto end = [&](const Plan& plan) {
       const Ring<2> read = place_in_ring<2>(wave);
       simt::mbarrier_wait(shared.own_barrier(Shared::kKeysRead, read.stage), read.parity);  // K is written over
-      this->template write<2>(plan.place, [&] {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int which = 0; which < 2; ++which)
-            stage_row<Traits>(shared.memory + Shared::rows(slot(wave), which), sum[which], half, row() + 8 * half,
-                              which == 0 ? p.attention.scale : 1.0f);
-      });
+      this->template store<false>(plan);
     };
-    HopperConsumer<Traits, Plan, HopperBackwardParams>::run([&](const Plan&) { this->start(); }, walk_plan, end);
+    HopperConsumer<Traits, Plan, HopperBackwardParams>::run([&](const Plan&) { this->start(); },
+                                                            [&](const Plan& plan) { walk(plan); }, end);
   }
 };
 
@@ -267,8 +251,8 @@ struct SingleQueries {
     simt::wgmma_fence();
 #pragma unroll
     for (int group = kFrom; group < kTo; ++group) {
-      const Operand left(shared.base + Shared::weights(weights.stage, group), Traits::kPanelBytes);
-      const Operand right(shared.base + Shared::rows(slot(wave, group), 0), Traits::kPanelBytes);
+      const Operand left(shared.base + Shared::weights(weights.stage, group), Traits::kRowPanel);
+      const Operand right(shared.base + Shared::rows(slot(wave, group), 0), Traits::kRowPanel);
 #pragma unroll
       for (int n = 0; n < Traits::kGroupRows / 16; ++n)
         simt::wgmma_ss_across<typename Traits::Type>(sum, left.at(n * 16 * Traits::kRowBytes),
@@ -310,13 +294,13 @@ struct SingleQueries {
 
   __device__ __forceinline__ void store(const HopperPlace& place, int query_tile) {
     if (leaves && is_first_thread()) simt::store_wait_read();
-    simt::sync_warpgroup(kBarrier);  // there is room
+    simt::sync_warpgroups<1>(kBarrier);  // there is room
     unsigned char* tile = shared.memory + Shared::kLeaving;
     const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) stage_row<Traits>(tile, sum, half, row + 8 * half, p.attention.scale);
     simt::fence_async_proxy();
-    simt::sync_warpgroup(kBarrier);  // all is staged
+    simt::sync_warpgroups<1>(kBarrier);  // all is staged
     leaves = true;
     if (!is_first_thread()) return;
     simt::store_box(shared.base + Shared::kLeaving, p.query_out,

@@ -99,14 +99,14 @@ MORE_BUGS = {
         "data race|exceeds", THREAD,
     ),
     "dQ staged over dQ that leaves": SingleBug(
-        SINGLE, "if (leaves && is_first_thread()) simt::store_wait_read();\n    simt::sync_warpgroup",
-        "simt::sync_warpgroup", "data race|exceeds", THREAD,
+        SINGLE, "if (leaves && is_first_thread()) simt::store_wait_read();\n    simt::sync_warpgroups",
+        "simt::sync_warpgroups", "data race|exceeds", THREAD,
     ),
     "dQ stored before all have staged it": SingleBug(
-        SINGLE, "simt::sync_warpgroup(kBarrier);  // all is staged", "", "no fence has made|data race", THREAD
+        SINGLE, "simt::sync_warpgroups<1>(kBarrier);  // all is staged", "", "no fence has made|data race", THREAD
     ),
     "dQ staged before there is room": SingleBug(
-        SINGLE, "simt::sync_warpgroup(kBarrier);  // there is room", "", "data race", THREAD
+        SINGLE, "simt::sync_warpgroups<1>(kBarrier);  // there is room", "", "data race", THREAD
     ),
     "a plan changed while it is followed": SingleBug(
         SINGLE, "Base::init_barriers(4 + 1);", "Base::init_barriers(4);", "data race|arrivals|exceeds|deadlock", THREAD
