@@ -9,12 +9,13 @@
 #   core      the cells that matter most, with all peers; a results file and its tables
 #   grid      windows 128 to 4096 over lengths 2k to 128k, from cell K on
 #   table     the tables of the results file as it is
-# With LONGATTN_HOPPER=1 the same of the kernels for compute capability 9.0, into files of their own.
+# With LONGATTN_HOPPER=1 the same of the kernels for compute capability 9.0, into files of their own; so with each value
+# of LONGATTN_HOPPER_BACKWARD.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-  sed -n '2,13s/^# \?//p' "$0" >&2
+  sed -n '2,14s/^# \?//p' "$0" >&2
   exit 2
 fi
 stage=$1
@@ -34,6 +35,7 @@ while [ $# -gt 0 ]; do
 done
 python=${PYTHON:-python3}
 limit=470 # seconds
+family=${LONGATTN_HOPPER:+-hopper}${LONGATTN_HOPPER_BACKWARD:+-$LONGATTN_HOPPER_BACKWARD}
 mkdir -p "$out/logs"
 exec > >(tee -a "$out/logs/$stage.log") 2>&1
 echo "== $stage, $(date -u +%FT%TZ)"
@@ -53,7 +55,7 @@ build() {
 tests() {
   local begin=$SECONDS file mark failed=0
   for file in tests/test_cuda_*.py; do
-    mark=$out/logs/passed-$(basename "$file" .py)${LONGATTN_HOPPER:+-hopper}
+    mark=$out/logs/passed-$(basename "$file" .py)$family
     if [ -f "$mark" ] && [ -z "$(find csrc longattn tests \( -name '*.py' -o -name '*.so' \) -newer "$mark" -print -quit)" ]; then
       echo "$file: passed before"
       continue
@@ -80,7 +82,7 @@ sanitize() {
     return
   fi
   for check in memcheck racecheck; do
-    log=$out/logs/sanitize-$check${LONGATTN_HOPPER:+-hopper}.txt
+    log=$out/logs/sanitize-$check$family.txt
     # Without torch's caching, every tensor is an allocation of its own, whose ends are known.
     if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$((limit / 2))" \
       "$tool" --tool "$check" --error-exitcode 9 "$python" tests/cuda_small_set.py cuda >"$log" 2>&1; then

@@ -25,7 +25,7 @@ from longattn.pattern import Pattern
 
 ROOT = Path(__file__).parents[1]
 SILENT = Bench("cpu", "core", lambda text: None, compiled=False)
-FACTS = {"device": "Some GPU", "driver": "1", "torch": "2", "commit": "abc", "sources": "123", "hopper": False}
+FACTS = {"device": "Some GPU", "driver": "1", "torch": "2", "commit": "abc", "sources": "123", "hopper": ""}
 FACTS["date"] = "2026-01-02T03"
 
 
@@ -144,8 +144,8 @@ def test_a_run_goes_on_where_the_last_one_of_the_same_sources_ended(tiny_run):
     assert again.cells == content["cells"] and again.path.name == "some-gpu-2026-01-02.json"
     other = Record(folder, {**FACTS, "sources": "456"})
     assert not other.cells and other.path.name == "some-gpu-2026-01-02-456.json"
-    hopper = Record(folder, {**FACTS, "hopper": True})
-    assert not hopper.cells and hopper.path.name == "some-gpu-hopper-2026-01-02.json"
+    hopper = Record(folder, {**FACTS, "hopper": "hopper-one"})
+    assert not hopper.cells and hopper.path.name == "some-gpu-hopper-one-2026-01-02.json"
 
 
 def test_the_command_ends_in_time_and_says_what_remains(tmp_path, capsys):

@@ -40,10 +40,13 @@ def machine_facts() -> dict[str, Any]:
 def gpu_facts(device: str) -> dict[str, Any]:
     """`machine_facts`, and those of the GPU, its driver and the libraries of the peers.
 
-    `sources` is a digest; `hopper` says whether LONGATTN_HOPPER asks for the kernels for compute capability 9.0.
+    `sources` is a digest; `hopper` names what LONGATTN_HOPPER and LONGATTN_HOPPER_BACKWARD ask for of the kernels for
+    compute capability 9.0: `hopper`, `hopper-one`, `hopper-two` or nothing.
     """
     facts = {**machine_facts(), "sources": _sources(), "device": _cpu_model(), "driver": None}
-    facts["hopper"] = os.environ.get("LONGATTN_HOPPER") == "1"
+    passes = os.environ.get("LONGATTN_HOPPER_BACKWARD")
+    asked = os.environ.get("LONGATTN_HOPPER") == "1"
+    facts["hopper"] = ("hopper" + f"-{passes}" * (passes in ("one", "two"))) * asked
     if device != "cpu":
         properties = torch.cuda.get_device_properties(0)
         facts |= {

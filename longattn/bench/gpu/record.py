@@ -23,7 +23,7 @@ class Record:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-") + "-hopper" * facts["hopper"]
+        name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-") + f"-{facts['hopper']}".rstrip("-")
         self.facts = facts
         self.path = folder / f"{name}-{facts['date'][:10]}.json"
         self.content: dict[str, Any] = {"format": 1, "machine": facts, "ceilings": [], "cells": {}}
