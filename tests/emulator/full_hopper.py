@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulator.attention import Call
 from emulator.checks import check, qkv
-from emulator.hopper_checks import build_hopper, check_forward
+from emulator.hopper_checks import SANITIZED, build_hopper, check_forward
 from emulator.hopper_planted import MORE_BUGS, check_is_noticed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,10 +47,10 @@ def test_features_in_combination(emulated, case, head_dim, token_major, half, se
     check_forward(emulated, *inputs, call, sink_logits, seed=seed, **rows)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize("flags", SANITIZED)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_no_race_and_nothing_outside(head_dim, sanitizer, tmp_path):
-    emulated = build_hopper(tmp_path, "-O1", "-g", f"-fsanitize={sanitizer}", head_dim=head_dim)
+def test_no_race_and_nothing_outside(head_dim, flags, tmp_path):
+    emulated = build_hopper(tmp_path, "-g", *flags, head_dim=head_dim)
     documents = torch.tensor([0, 40, 40, 390], dtype=torch.int32)
     start = torch.tensor([13], dtype=torch.int32)
     for seed, call in enumerate(CALLS):
@@ -91,10 +91,10 @@ def test_gradients_of_packed_heads_and_of_split_sinks(with_backward, shape):
         check(emulated, *qkv(*shape, head_dim), Call(window=(60, 0), sinks=5), seed=3, **rows)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize("flags", SANITIZED)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_no_race_and_nothing_outside_in_the_backward(head_dim, sanitizer, tmp_path):
-    emulated = build_hopper(tmp_path, "-O1", "-g", f"-fsanitize={sanitizer}", head_dim=head_dim, backward=True)
+def test_no_race_and_nothing_outside_in_the_backward(head_dim, flags, tmp_path):
+    emulated = build_hopper(tmp_path, "-g", *flags, head_dim=head_dim, backward=True)
     documents = torch.tensor([0, 40, 40, 390], dtype=torch.int32)
     for seed, call in enumerate(CALLS):
         check(emulated, *qkv(1, 2, 1, 390, 430, head_dim), call, seed=seed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulator.attention import Call
 from emulator.checks import check, qkv
+from emulator.hopper_checks import SANITIZED
 from emulator.single_checks import MORE_BUGS, build_single, check_all, check_is_noticed, gradients, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,9 +56,9 @@ def test_equal_calls_give_equal_bits(emulated, call):
         assert all(map(torch.equal, first, gradients(emulated, call, (2, 2, 1, 600, 600), seed)))
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_no_race_and_nothing_outside(sanitizer, tmp_path):
-    emulated = build_single(tmp_path, "-O1", "-g", "-DLONGATTN_ONLY_BF16", f"-fsanitize={sanitizer}")
+@pytest.mark.parametrize("flags", SANITIZED)
+def test_no_race_and_nothing_outside(flags, tmp_path):
+    emulated = build_single(tmp_path, "-g", "-DLONGATTN_ONLY_BF16", *flags)
     documents = torch.tensor([0, 40, 40, 390], dtype=torch.int32)
     start = torch.tensor([13], dtype=torch.int32)
     for seed, call in enumerate(CALLS):

@@ -171,7 +171,6 @@ def check_is_noticed(bug: Bug, folder: Path) -> None:
     source = (csrc / bug.file).read_text()
     assert source.count(bug.before) == 1, f"{bug.file} holds {source.count(bug.before)} places to plant in"
     (csrc / bug.file).write_text(source.replace(bug.before, bug.after))
-    # Without optimisation the thread sanitizer takes the emulator's own lists for the kernel's.
     flags = ("-O1" if bug.sanitizer == THREAD else "-O0", "-g", "-w", *([bug.sanitizer] if bug.sanitizer else []))
     head_dim = bug.head_dim if isinstance(bug, HopperBug) else 64
     backward = isinstance(bug, HopperBug) and bug.backward
