@@ -26,6 +26,14 @@ int64_t most_keys(const AttentionParams& p) {
   return smaller<int64_t>(reach, p.rows.num_keys);
 }
 
+// Whether scratch takes no more than the gradients: what a backward may hold beside them.
+bool is_within_memory(const AttentionParams& p, const SinglePassScratch& scratch) {
+  const int64_t rows = static_cast<int64_t>(p.heads) * p.rows.num_queries;
+  const int64_t keys = static_cast<int64_t>(p.kv_heads) * p.rows.num_keys, channels = p.head_dim;
+  const int64_t stats = p.batch * rows * static_cast<int64_t>(sizeof(RowStats));
+  return scratch.sums_bytes + scratch.flags_bytes + stats <= 2 * p.batch * channels * (rows + 2 * keys);
+}
+
 int query_tiles(const AttentionParams& p) {
   const int bits = 6 - packed_bits(p);
   return (p.rows.num_queries + (1 << bits) - 1) >> bits;
@@ -64,9 +72,12 @@ SinglePassScratch single_pass_scratch(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
   const bool served = is_built(64) && p.head_dim <= 64 && p.rows.sinks == 0 && !p.rows.kv_end &&
                       p.rows.num_queries > 0 && !why_not_sm90(b);
-  if (!served || asked_passes() == 2 || (asked_passes() == 0 && most_keys(p) < kManyKeys)) return {0, 0};
+  if (!served || asked_passes() == 2) return {0, 0};
   const int64_t tiles = static_cast<int64_t>(p.batch) * (p.heads >> packed_bits(p)) * query_tiles(p);
-  return {tiles * SingleShared<SinglePass<simt::Bf16>>::kSumBytes, tiles * static_cast<int64_t>(sizeof(int32_t))};
+  const SinglePassScratch scratch{tiles * SingleShared<SinglePass<simt::Bf16>>::kSumBytes,
+                                  tiles * static_cast<int64_t>(sizeof(int32_t))};
+  if (asked_passes() == 0 && (most_keys(p) < kManyKeys || !is_within_memory(p, scratch))) return {0, 0};
+  return scratch;
 }
 
 cudaError_t window_attn_single_pass_sm90(const BackwardParams& b, cudaStream_t stream) {

@@ -60,14 +60,15 @@ def test_pairs_of_tiles_take_five_products_and_ends_are_trimmed(emulated):
 
 
 def test_who_takes_one_pass(emulated):
-    """Asked for nothing, calls with many keys a query; sinks and caches with an end never."""
-    inputs = qkv(1, 1, 1, 600, 600, 64)
-    saved = emulated.forward(*inputs, Call(window=(10, 0)))
+    """Asked for nothing, calls with many keys a query whose sums are smaller than the gradients; sinks and caches with
+    an end never."""
+    inputs, packed = qkv(1, 1, 1, 600, 600, 64), qkv(1, 2, 1, 600, 600, 64)
 
-    def executed(call, asked=None, **rows):
+    def executed(call, asked=None, inputs=inputs, **rows):
         emulated.environment.pop("LONGATTN_HOPPER_BACKWARD", None)
         if asked:
             emulated.environment["LONGATTN_HOPPER_BACKWARD"] = asked
+        saved = emulated.forward(*inputs, Call(window=(10, 0)))
         emulated.backward(inputs[0], None, inputs, saved, call, **rows)
         emulated.environment["LONGATTN_HOPPER_BACKWARD"] = "one"
         return emulated.counters["mma"]
@@ -75,6 +76,7 @@ def test_who_takes_one_pass(emulated):
     narrow, wide = Call(window=(10, 0)), Call(window=(530, 0))
     assert executed(narrow, "one") < executed(narrow, "two") == executed(narrow)
     assert executed(wide) == executed(wide, "one") < executed(wide, "two")
+    assert executed(wide, "one", packed) < executed(wide, "two", packed) == executed(wide, inputs=packed)
     ends = torch.tensor([600], dtype=torch.int32)
     assert executed(wide, "one", kv_end=ends) == executed(wide, "two", kv_end=ends)
     sinks = Call(window=(530, 0), sinks=2)
