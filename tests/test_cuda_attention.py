@@ -5,6 +5,8 @@ Each test runs on CPU tensors too, on fewer or smaller cases, so that its code i
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from attention_calls import GROUPS, WINDOWS, calls, check_group, check_window
@@ -137,7 +139,8 @@ def test_memory_stays_within_a_few_outputs(device):
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         out = longattn.window_attention(*leaves, 512, **options)
         peak = peak_bytes(lambda out=out, x=leaves: torch.autograd.grad(out, x, out, retain_graph=True), device)
-        assert 1.5 * size <= peak <= 2 * 1.5 * size, "query's gradient and a quarter of it for key and for value"
+        sums = 2 * size * (os.environ.get("LONGATTN_HOPPER_BACKWARD") == "one")  # 256 bytes a query and head
+        assert 1.5 * size <= peak <= 2 * 1.5 * size + sums, "query's gradient and a quarter of it for key and for value"
 
 
 @pytest.mark.parametrize("dim", [64, 128])
