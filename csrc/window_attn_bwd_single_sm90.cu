@@ -1,6 +1,6 @@
 // Backward of banded attention on Hopper in one pass: which calls it serves, and which of these gain by it.
+#include "window_attn_bwd_launch_sm90.cuh"
 #include "window_attn_bwd_single_sm90.cuh"
-#include "window_attn_maps_sm90.cuh"
 
 namespace longattn::cuda {
 namespace {
@@ -41,24 +41,14 @@ int query_tiles(const AttentionParams& p) {
 
 template <class Traits>
 cudaError_t launch_single_pass(const BackwardParams& b, cudaStream_t stream) {
-  const AttentionParams& a = b.forward;
   SingleParams p{};
-  p.attention = a;
-  p.packed_bits = packed_bits(a);
-  p.parts = a.heads / a.kv_heads >> p.packed_bits;
-  p.stats = b.stats;
+  fill_backward(p, b);
   p.sums = b.query_sums;
   p.flags = b.query_flags;
-  p.query_tiles = query_tiles(a);
+  p.query_tiles = query_tiles(b.forward);
   HopperMaps<Traits> maps{p};
-  maps.key(p.rows[0], a.key, Traits::kGroupRows);
-  maps.key(p.rows[1], a.value, Traits::kGroupRows);
-  maps.query(p.streamed[0], a.query, Traits::kColumns);
-  maps.query(p.streamed[1], b.grad_out, Traits::kColumns);
-  maps.key(p.out[0], b.grad_key, Traits::kGroupRows);
-  maps.key(p.out[1], b.grad_value, Traits::kGroupRows);
   maps.query(p.query_out, b.grad_query, Traits::kGroupRows);
-  if (!maps.made || !deal_tiles(p, a.rows.num_keys, Traits::kRows, a.kv_heads)) return cudaErrorInvalidValue;
+  if (!walk_keys(p, maps, b)) return cudaErrorInvalidValue;
   dim3 grid;
   const cudaError_t error = count_blocks(p, grid);
   if (error != cudaSuccess) return error;

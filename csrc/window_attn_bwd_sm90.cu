@@ -1,26 +1,16 @@
 // Backward of banded attention on Hopper: what it serves, and which kernels serve which head dim. Row statistics, the
 // gradient of sink logits and the sums of split sinks are formed by the kernels that every card runs.
 #include "window_attn_bwd_key_sm90.cuh"
+#include "window_attn_bwd_launch_sm90.cuh"
 #include "window_attn_bwd_query_sm90.cuh"
-#include "window_attn_maps_sm90.cuh"
 
 namespace longattn::cuda {
 namespace {
 
-HopperBackwardParams params_of_passes(const BackwardParams& b) {
-  HopperBackwardParams p{};
-  p.attention = b.forward;
-  p.packed_bits = packed_bits(b.forward);
-  p.stats = b.stats;
-  p.sink_sums = b.sink_sums;
-  p.sink_keys = b.sink_keys;
-  p.sink_chunks = b.sink_chunks;
-  return p;
-}
-
 template <class Traits>
 cudaError_t launch_query_pass(const BackwardParams& b, cudaStream_t stream) {
-  HopperBackwardParams p = params_of_passes(b);
+  HopperBackwardParams p{};
+  fill_backward(p, b);
   HopperMaps<Traits> maps{p};
   maps.query(p.rows[0], b.forward.query, Traits::kGroupRows);
   maps.query(p.rows[1], b.grad_out, Traits::kGroupRows);
@@ -39,17 +29,10 @@ cudaError_t launch_query_pass(const BackwardParams& b, cudaStream_t stream) {
 
 template <class Traits>
 cudaError_t launch_key_pass(const BackwardParams& b, cudaStream_t stream) {
-  HopperBackwardParams p = params_of_passes(b);
-  p.parts = b.forward.heads / b.forward.kv_heads >> p.packed_bits;
+  HopperBackwardParams p{};
+  fill_backward(p, b);
   HopperMaps<Traits> maps{p};
-  maps.key(p.rows[0], b.forward.key, Traits::kGroupRows);
-  maps.key(p.rows[1], b.forward.value, Traits::kGroupRows);
-  maps.query(p.streamed[0], b.forward.query, Traits::kColumns);
-  maps.query(p.streamed[1], b.grad_out, Traits::kColumns);
-  maps.key(p.out[0], b.grad_key, Traits::kGroupRows);
-  maps.key(p.out[1], b.grad_value, Traits::kGroupRows);
-  if (!maps.made || !deal_tiles(p, b.forward.rows.num_keys, Traits::kRows, b.forward.kv_heads))
-    return cudaErrorInvalidValue;
+  if (!walk_keys(p, maps, b)) return cudaErrorInvalidValue;
   dim3 grid;
   const cudaError_t error = count_blocks(p, grid);
   if (error != cudaSuccess) return error;
