@@ -184,11 +184,12 @@ void backward(const GradTensors& t, const Options& options, const Bands& bands) 
   const bool sm90 = longattn::cuda::sm90_takes(b);
   const longattn::cuda::SinglePassScratch single =
       sm90 ? longattn::cuda::single_pass_scratch(b) : longattn::cuda::SinglePassScratch{};
-  Tensor query_sums = torch::stable::new_empty(t.query, {single.sums_bytes}, ScalarType::Byte);
-  Tensor query_flags = torch::stable::new_zeros(t.query, {single.flags_bytes}, ScalarType::Byte);
+  std::optional<Tensor> query_sums, query_flags;  // two calls of torch that other backwards need not pay for
   if (single.sums_bytes > 0) {
-    b.query_sums = static_cast<float*>(query_sums.mutable_data_ptr());
-    b.query_flags = static_cast<int32_t*>(query_flags.mutable_data_ptr());
+    query_sums = torch::stable::new_empty(t.query, {single.sums_bytes}, ScalarType::Byte);
+    query_flags = torch::stable::new_zeros(t.query, {single.flags_bytes}, ScalarType::Byte);
+    b.query_sums = static_cast<float*>(query_sums->mutable_data_ptr());
+    b.query_flags = static_cast<int32_t*>(query_flags->mutable_data_ptr());
   }
   const auto run = sm90 ? longattn::cuda::window_attn_backward_sm90 : longattn::cuda::window_attn_backward;
   check(run(b, current.stream), "attention backward");
