@@ -140,7 +140,6 @@ def loops_of(sass: str) -> list[Loop]:
 def cheapest(blocks: dict[int, Block], above: dict[int, set[int]], head: int, body: set[int]) -> Loop:
     """From the head to any jump back to it: most HMMA first, then most LDGSTS, then fewest instructions."""
     known: dict[int, tuple[int, ...] | None] = {}  # the blocks of the best way from each on
-    sys.setrecursionlimit(100_000)
 
     def value(way: tuple[int, ...]) -> tuple[int, int, int]:
         through = [blocks[at] for at in way]
@@ -201,6 +200,7 @@ def report(library: Path, wanted: str) -> None:
 
 
 def main() -> None:
+    sys.setrecursionlimit(100_000)  # a way through a loop is as deep as it has blocks
     dims = sys.argv[1:] or ["64", "128"]
     module, torch = importlib.util.find_spec("longattn._C"), importlib.util.find_spec("torch")
     if module is None or module.origin is None:
