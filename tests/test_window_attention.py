@@ -166,6 +166,22 @@ def test_shard_positions():
     torch.testing.assert_close(lse, ref_lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sq", [1, 70])
+@pytest.mark.parametrize("scale", [2.0**17, 2.0**30, 2.0**84, -(2.0**84)])
+def test_logits_too_large_for_their_differences_to_be_exact(dtype, sq, scale):
+    """Products of whole numbers are exact, so that the largest logits stand apart from the others or are equal."""
+    inputs = [x.round().requires_grad_() for x in tensors(sq=sq, sk=70, dtype=dtype)]
+    out, lse = longattn.window_attention(*inputs, (40, 0), scale=scale, return_lse=True)
+    ref, ref_lse = dense(*inputs, visible_mask(1, 4, sq, 70, window=(40, 0)), scale=scale)
+    torch.testing.assert_close(out.double(), ref, rtol=0.01, atol=1e-6)
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-5, atol=1e-4)  # bfloat16 without a compiled kernel
+    *others, grad_value = torch.autograd.grad(out.sum(), inputs)
+    assert grad_value.isfinite().all()
+    if dtype != torch.float16:  # whose other gradients overflow
+        assert not any(gradient.isnan().any() for gradient in others)
+
+
 ERRORS = [
     (dict(window_size=0), ValueError, "window_attention: window_size must hold at least 1 key, the query's own, got 0"),
     (

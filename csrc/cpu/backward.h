@@ -267,7 +267,8 @@ struct Backward {
           const int r = pair + i;
           Vec logit = V::load(m.logits + r * kLd + col);
           if (kCap) logit = tanh<V>(V::mul(logit, inside));
-          Vec weight = V::exp2(V::sub(V::mul(logit, scale), lse));
+          // at most 1: logits beyond 2^24 differ from their log-sum-exp by its rounding
+          Vec weight = V::exp2(V::min(V::zero(), V::sub(V::mul(logit, scale), lse)));
           if (!whole) weight = V::keep(V::holds(m.begin + q, m.end + q, key + r), weight);
           Vec slope = V::mul(weight, V::sub(V::load(m.slopes + r * kLd + col), delta));
           if (kCap) slope = V::mul(slope, V::sub(one, V::mul(logit, logit)));

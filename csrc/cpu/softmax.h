@@ -62,6 +62,9 @@ struct SoftmaxRows {
   using Vec = typename V::Vec;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kMostRows = 32;
+  // A fused multiply-add leaves the rounding error of the largest logit in every exponent, half a unit at this size and
+  // enough to overflow at 2^31: from here on products are rounded as the largest one was, so that no exponent exceeds 0.
+  static constexpr float kExact = 16777216.0f;
 
   float* s;
   W* weights;
@@ -87,7 +90,12 @@ struct SoftmaxRows {
       }
       if (states[r].largest != largest[r])
         shrink[r] = states[r].largest == -INFINITY ? 0.0f : std::exp2(states[r].largest - largest[r]);
-      states[r] = {largest[r], states[r].sum * shrink[r] + weigh(s + r * ld, weights + r * ld, largest[r])};
+      float factor = scale.factor;
+      if (largest[r] > kExact || largest[r] < -kExact) {
+        scale_row(s + r * ld);
+        factor = 1.0f;
+      }
+      states[r] = {largest[r], states[r].sum * shrink[r] + weigh(s + r * ld, weights + r * ld, factor, largest[r])};
     }
   }
 
@@ -124,9 +132,14 @@ struct SoftmaxRows {
     return V::largest(V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
   }
 
+  void scale_row(float* row) const {
+    const Vec factor = V::set1(scale.factor);
+    for (int c = 0; c < cols; c += kLanes) V::store(row + c, V::mul(V::load(row + c), factor));
+  }
+
   // Stores the weights of a row and returns their sum.
-  float weigh(const float* row, W* to, float largest) const {
-    const Vec factor = V::set1(scale.factor), shift = V::set1(-largest);
+  float weigh(const float* row, W* to, float scale_left, float largest) const {
+    const Vec factor = V::set1(scale_left), shift = V::set1(-largest);
     Vec sums[2] = {V::zero(), V::zero()};
     int c = 0;
     for (; c + 2 * kLanes <= cols; c += 2 * kLanes)

@@ -135,7 +135,8 @@ def _explicit(part: Part, run: Run, inputs: Inputs, delta: Tensor, dq: Tensor, s
         g, q, k, v = (x[index].to(delta.dtype) for x in (grad_out, query, keys, values))
         logits, slope = slab_logits(part, run, index, q, k, job)
         total = lse[index].masked_fill(lse[index] == -torch.inf, 0.0)
-        weights = logits.sub_(total[..., None]).exp_()  # (slab, rows, cols)
+        # at most 1: large logits differ from their log-sum-exp by rounding
+        weights = logits.sub_(total[..., None]).clamp_(max=0).exp_()  # (slab, rows, cols)
         dlogits = torch.bmm(g, v.transpose(1, 2)).sub_(deltas[index][..., None]).mul_(weights)
         if slope is not None:
             dlogits.mul_(slope)

@@ -105,10 +105,12 @@ def _run_forward(
         k, v = (key_view(x, segment.batch, heads, segment.key[0], narrow) for x in (key, value))
         for index in slabs(q.shape[:3], max(1, SLAB // (narrow.rows * narrow.cols))):
             logits, _ = slab_logits(part, narrow, index, q[index].to(lse.dtype), k[index].to(lse.dtype), job)
-            part_lse = torch.logsumexp(logits, -1)  # (slab, rows)
-            seen = part_lse.masked_fill(part_lse == -torch.inf, 0.0)
-            weights = logits.sub_(seen[..., None]).exp_()
-            _store(o[index], m[index], torch.bmm(weights, v[index].to(lse.dtype)), part_lse, run.prefix)
+            largest = logits.amax(-1, keepdim=True)  # (slab, rows, 1)
+            largest.masked_fill_(largest == -torch.inf, 0.0)
+            weights = logits.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)  # 0 where a row sees nothing
+            part_out = torch.bmm(weights, v[index].to(lse.dtype)).div_(total.masked_fill(total == 0.0, 1.0))
+            _store(o[index], m[index], part_out, (largest + total.log()).squeeze(-1), run.prefix)
 
 
 def _store(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, merge: bool) -> None:
