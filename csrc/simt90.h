@@ -43,10 +43,21 @@ inline bool encode_map(TensorMap& map, void* data, const uint64_t (&sizes)[4], c
   }();
   const uint32_t steps[4] = {1, 1, 1, 1};
   const auto swizzle = row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  if (!encode) return false;
   // Elements are only moved: one 16-bit type serves all. What lies outside of the tensor is read as zeros.
-  return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, data, sizes, strides, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const auto encoded = [&] {
+    return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, data, sizes, strides, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encoded();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // The driver asks for a context, which a thread that has launched nothing yet (autograd's, say) does not have. To
+    // set its device, though that stays the same, gives it one.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = encoded();
+  }
+  return result == CUDA_SUCCESS;
 }
 
 inline bool is_sm90() {

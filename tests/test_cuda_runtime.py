@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def test_ops_run_on_the_device_of_their_tensors(other):
     assert all(x.device == there[0].device for x in results)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, results, strict=True))
     assert other == "cpu" or torch.cuda.current_device() == 0
+
+
+@everywhere
+def test_a_thread_whose_first_call_is_an_op_is_served(device):
+    """CUDA gives a thread its context with the first call that needs one, and maps of tensors are made before that."""
+    inputs = tensors(device)
+    expected = longattn.window_attention(*inputs, 40)
+    assert torch.equal(expected, longattn.window_attention(*inputs, 40))  # whose memory the thread can have again
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(longattn.window_attention, *inputs, 40).result()
+    assert torch.equal(expected, result)
 
 
 @everywhere
