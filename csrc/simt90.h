@@ -18,7 +18,8 @@
 
 #include <type_traits>
 
-// The target that has these instructions; kernels are empty on others, and never launched there.
+// The target that has these instructions. Kernels are never launched as another, as PTX that the driver is told to
+// compile would be (CUDA_FORCE_PTX_JIT): there they end with an error rather than leave their outputs unwritten.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define SIMT_SM90A 1
 #endif
@@ -67,6 +68,8 @@ inline bool is_sm90() {
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
          minor == 0;
 }
+
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -217,6 +217,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         else
           KeyGradients<Traits, false, true>(p, shared).run();
       });
+#else
+  simt::trap();
 #endif
 }
 

@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const HopperShared<Traits, QueryGradientPlan<Traits>> shared(memory);
   run_hopper_block<Traits>(
       p, shared, [&] { plan_queries<Traits>(p, shared); }, [] {}, [&] { QueryGradients<Traits>(p, shared).run(); });
+#else
+  simt::trap();
 #endif
 }
 

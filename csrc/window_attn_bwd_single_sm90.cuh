@@ -454,6 +454,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == kFirst + 2) copy_stats<Traits>(p, shared);
     if (threadIdx.x == 32 * (kFirst + 3)) SingleTurns<Traits>(p, shared).run();
   }
+#else
+  simt::trap();
 #endif
 }
 

@@ -212,6 +212,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   run_hopper_block<Traits>(
       p, shared, [&] { plan_queries<Traits>(p, shared); }, [] {},
       [&] { ForwardConsumer<Traits, Plan>(p, shared).run(); });
+#else
+  simt::trap();
 #endif
 }
 
