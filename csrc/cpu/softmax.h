@@ -63,7 +63,7 @@ struct SoftmaxRows {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kMostRows = 32;
   // A fused multiply-add leaves the rounding error of the largest logit in every exponent, half a unit at this size and
-  // enough to overflow at 2^31: from here on products are rounded as the largest one was, so that no exponent exceeds 0.
+  // enough to overflow at 2^31: from here on products are rounded as the largest was, so that no exponent exceeds 0.
   static constexpr float kExact = 16777216.0f;
 
   float* s;
