@@ -357,9 +357,10 @@ struct SingleQueries {
       store_zeros(plan.place, turns.unmet_before());
       walk(plan, turns, wave);
       store_zeros(plan.place, turns.unmet_behind());
-      arrive(shared.barrier(Shared::kPlanFree + plans.stage));
+      // Before the plan is free: a warpgroup without rows, which waits for no keys, then can't fall two waves behind.
       const uint32_t read = place_in_ring<2>(wave).stage;
       if (part + 1 == p.parts) arrive(shared.own_barrier(Shared::kKeysRead, read));
+      arrive(shared.barrier(Shared::kPlanFree + plans.stage));
     });
     if (leaves && is_first_thread()) simt::store_wait_read();
   }
