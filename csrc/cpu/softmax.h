@@ -84,7 +84,8 @@ struct SoftmaxRows {
     }
     for (int r = 0; r < rows; ++r) {
       shrink[r] = 1.0f;
-      if (seen[r].empty() || largest[r] == -INFINITY) {  // or logits of -inf alone
+      if (seen[r].empty() || largest[r] == -INFINITY) {  // or logits of -inf alone, or NaN, which no maximum keeps
+        if (!seen[r].empty() && has_nan(s + r * ld)) states[r] = {0.0f, NAN};
         for (int c = 0; c < cols; c += kLanes) V::store(weights + r * ld + c, V::zero());
         continue;
       }
@@ -107,6 +108,12 @@ struct SoftmaxRows {
       if (!seen[r].empty()) inner = {larger(inner.begin, seen[r].begin), smaller(inner.end, seen[r].end)};
     inner.begin = (inner.begin + kLanes - 1) / kLanes * kLanes;
     return {inner.begin, larger(inner.begin, inner.end / kLanes * kLanes)};
+  }
+
+  bool has_nan(const float* row) const {
+    for (int c = 0; c < cols; ++c)
+      if (row[c] != row[c]) return true;
+    return false;
   }
 
   void cap(float* row) const {

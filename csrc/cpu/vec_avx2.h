@@ -93,7 +93,7 @@ struct Avx2 {
   // 2^x for x <= 0, relative error below 1.5e-7; 0 below the normal numbers.
   static Vec exp2(Vec x) {
     const Vec lowest = set1(-126.0f);
-    const Vec t = max(x, lowest);
+    const Vec t = max(lowest, x);  // NaN where x is
     const Vec n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Vec f = sub(t, n);
     Vec p = set1(0.001327647129073739f);
