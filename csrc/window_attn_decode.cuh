@@ -122,7 +122,7 @@ struct Merge {
 };
 
 __device__ __forceinline__ float log_sum_exp2(const RowSum& row) {
-  return row.sum > 0.0f ? row.maximum + log2f(row.sum) : -INFINITY;
+  return row.sum == 0.0f ? -INFINITY : row.maximum + log2f(row.sum);
 }
 
 // Stores 8 channels of a row; `from` are scaled. `data` is the row's.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void store_merged(const DecodeParams& d, const Decode
       for (int c = 0; c < 8; ++c)
         out[c] = out[c] * merge.old_weight + sums[from * Traits::kMergeStride + channel + c] * merge.new_weight;
     }
-    const float scale = total.sum > 0.0f ? 1.0f / total.sum : 0.0f, lse2 = log_sum_exp2(total);
+    const float scale = total.sum == 0.0f ? 0.0f : 1.0f / total.sum, lse2 = log_sum_exp2(total);
     const int64_t index = at.index(p, place.batch);
     if (d.splits == 1) {
       store_channels<typename Traits::Type>(at.in(p.out, place.batch) + channel, out, scale, p.head_dim - channel,
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kCombineThreads) window_attn_combine(const __g
     for (int c = 0; c < 8; ++c) own[c] += sums[(group * chunks + thread) * 8 + c];
   uint16_t* out = static_cast<uint16_t*>(p.out.data) + batch_head / p.heads * p.out.batch_stride +
                   head * p.out.head_stride + row % p.rows.num_queries * p.out.token_stride;
-  store_channels<Type>(out + channel, own, total > 0.0f ? 1.0f / total : 0.0f, p.head_dim - channel, p.aligned);
+  store_channels<Type>(out + channel, own, total == 0.0f ? 0.0f : 1.0f / total, p.head_dim - channel, p.aligned);
 }
 
 }  // namespace longattn::cuda

@@ -81,9 +81,9 @@ struct ForwardWarp : SoftmaxWarp<typename Traits::Type, Traits::kD, Traits::kBlo
         const float own = maximum[r][half] * factor, top = fmaxf(own, sink), base = top == -INFINITY ? 0.0f : top;
         const float weight = simt::exp2_fast(own - base);
         total = total * weight + simt::exp2_fast(sink - base);
-        const float scale = total > 0.0f ? weight / total : 0.0f;
+        const float scale = total == 0.0f ? 0.0f : weight / total;
         const int row = 16 * r + 8 * half + lane / 4;
-        if (lane % 4 == 0 && row < rows) lse[row] = total > 0.0f ? (base + log2f(total)) * kLn2 : -INFINITY;
+        if (lane % 4 == 0 && row < rows) lse[row] = total == 0.0f ? -INFINITY : (base + log2f(total)) * kLn2;
 #pragma unroll
         for (int d = 0; d < kD / 8; ++d) {
           const uint32_t offset = TileLayout<kD>::offset(tile_row + row, d) + lane % 4 * 4;

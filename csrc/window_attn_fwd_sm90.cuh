@@ -97,9 +97,9 @@ struct HopperRows {
     const float own = maximum[half] * factor, top = fmaxf(own, sink), base = top == -INFINITY ? 0.0f : top;
     const float weight = simt::exp2_fast(own - base);
     total = total * weight + simt::exp2_fast(sink - base);
-    const float scale = total > 0.0f ? weight / total : 0.0f;
+    const float scale = total == 0.0f ? 0.0f : weight / total;
     stage_row<Traits>(tile, out, half, row, scale);
-    return total > 0.0f ? (base + log2f(total)) * kLn2 : -INFINITY;
+    return total == 0.0f ? -INFINITY : (base + log2f(total)) * kLn2;
   }
 };
 

@@ -6,7 +6,7 @@ tests/emulator/full_matrix.py runs more of the same: every schedule, head dim an
 import pytest
 import torch
 from emulator.attention import Call, build_driver, shared_driver
-from emulator.checks import ONE_HEAD_DIM, check, qkv
+from emulator.checks import ONE_HEAD_DIM, check, check_nan, qkv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +69,10 @@ def test_results_and_gradients_are_right_for_features_in_combination(emulated, c
     dtype = torch.float16 if half else torch.bfloat16
     query, key, value = qkv(*shape, head_dim, dtype, token_major, seed=seed)
     check(emulated, query, key, value, call, sink_logits, seed=seed, **rows)
+
+
+def test_nan_comes_out_as_nan(emulated):
+    check_nan(emulated, 100, 130)
 
 
 def test_rows_that_see_no_key_give_zero_and_minus_infinity(emulated):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulator.attention import Call, shared_driver
-from emulator.checks import check, qkv
+from emulator.checks import check, check_nan, qkv
 
 CAUSAL = Call(window=(-1, 0))
 
@@ -30,6 +30,12 @@ def test_heads_of_one_key_head_may_be_shifted_differently(emulated):
         call = Call(group=120, shifts=shifts, sinks=3)
         for queries in (1, 5, 40):
             check(emulated, *qkv(1, 4, 1, queries, 500, 64), call, seed=2)
+
+
+def test_nan_comes_out_as_nan(emulated):
+    for emulated.multiprocessors in (1, 40):  # whole, and in splits
+        check_nan(emulated, 1, 300)
+        check_nan(emulated, 3, 300)
 
 
 def test_one_query_fills_the_device(emulated):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulator.attention import Call
-from emulator.checks import check, qkv
+from emulator.checks import check, check_nan, qkv
 from emulator.hopper_checks import build_hopper, check_forward
 from emulator.hopper_planted import BUGS, check_is_noticed
 from hypothesis import given, settings
@@ -40,6 +40,10 @@ def wide(request, tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_results_are_right_for_every_head_dim(emulated, head_dim, dtype):
     check_forward(emulated, *qkv(1, 2, 1, 190, 230, head_dim, dtype), Call(window=(90, 7), sinks=3), seed=1)
+
+
+def test_nan_comes_out_as_nan(emulated):
+    check_nan(emulated, 100, 130)
 
 
 @settings(max_examples=40, **RELAXED)

@@ -74,3 +74,13 @@ def qkv(batch, heads, kv_heads, sq, sk, head_dim, dtype=torch.bfloat16, token_ma
     else:
         made = (torch.randn(batch, h, s, head_dim, generator=generator) for h, s in shapes)
     return tuple(x.to(dtype) for x in made)
+
+
+def check_nan(emulated, queries, keys):
+    """A query of NaN comes out as NaN, with its log-sum-exp; the others do not."""
+    query, key, value = qkv(2, 4, 2, queries, keys, 64)
+    query[1, 2, -1, 5] = torch.nan
+    for call, sink_logits in ((Call(window=(20, 0), sinks=3), None), (Call(window=(-1, -1)), torch.zeros(4))):
+        out, lse = emulated.forward(query, key, value, call, sink_logits=sink_logits)
+        assert out[1, 2, -1].isnan().all() and lse[1, 2, -1].isnan()
+        assert out.isnan().sum() == 64 and lse.isnan().sum() == 1 and not lse.isinf().any()
