@@ -94,9 +94,9 @@ def _open(path: Path) -> Shard:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             tensors = _tensors(path, file, archive)
-    except (OSError, MemoryError):
+    except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle can fail anywhere in the unpickler
+    except Exception as error:  # bytes that are no pickle can fail anywhere in the unpickler, for want of memory too
         own = isinstance(error, (ValueError, zipfile.BadZipFile))
         reason = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split())
         raise ValueError(f"extend: {path.name} can't be read as tensors that torch.save wrote: {reason}") from None

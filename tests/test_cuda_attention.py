@@ -132,6 +132,8 @@ def test_memory_stays_within_a_few_outputs(device):
         torch.randn(1, tokens, h, 64, device=device, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2, 2)
     )
     serves(device, torch.bfloat16)
+    if longattn.which(longattn.window_attention, query, key, value, 512).path != "compiled":
+        pytest.skip("nothing was compiled for this device")
     size = query.numel() * 2
     for options in (dict(), dict(sink_tokens=4)):
         peak = peak_bytes(lambda options=options: longattn.window_attention(query, key, value, 512, **options), device)

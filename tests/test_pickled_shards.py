@@ -106,6 +106,7 @@ def test_views_of_one_storage_and_every_dtype_are_read(src, pickled, tmp_path):
 
 @given(edits=st.lists(st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6)), min_size=1, max_size=4))
 @example(edits=[(30, b"r\xff\xff\xff\xff")])  # a value's number that asks for a list of 2^32
+@example(edits=[(119, b"\x00\x96")])  # bytes of a length beyond all memory
 @settings(max_examples=150, deadline=None)
 def test_pickle_of_any_bytes_is_read_or_refused(edits):
     with tempfile.TemporaryDirectory() as folder:

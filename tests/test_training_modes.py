@@ -77,7 +77,9 @@ def test_autocast_errs_no_more_than_dense_attention_does(family):
     for name, value in expected.items():
         assert name == "logits" or got[name].dtype == torch.float32
         error, allowed = (float((other[name] - value).norm() / value.norm()) for other in (got, stock))
-        assert error <= max(2 * allowed, 4e-3), f"{name}: {error:.1e}, dense {allowed:.1e}"
+        # a key's bias moves all logits of a row alike: what the gradient's terms leave of each other is mostly rounding
+        factor = 3 if name.endswith("k_proj.bias") else 2
+        assert error <= max(factor * allowed, 4e-3), f"{name}: {error:.1e}, dense {allowed:.1e}"
 
 
 def assert_steps_agree(compiled, eager, ids: torch.Tensor, rtol: float, **given) -> float:
