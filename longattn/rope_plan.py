@@ -61,7 +61,8 @@ def resolve_rope(
         The new parameters, of stock types only, and the new length.
 
     Raises:
-        ValueError: the plan contradicts itself or the stored parameters, or changes no frequency.
+        ValueError: the plan contradicts itself or the stored parameters, or changes no frequency; it makes a stored
+            longrope longer without a new `long_factor`.
 
     Example:
         >>> old = {"rope_type": "default", "rope_theta": 10000.0}
@@ -169,6 +170,7 @@ class _Merge:
         start, stored_factor = self._start()
         ratio = self._ratio(start)
         length = round(start * ratio)
+        self._check_longrope(start * ratio)
         parameters = self._merged(start, stored_factor * ratio, length)
         parameters = stock_parameters(parameters, self.head_dim)
         if self.rope_type == "dynamic":
@@ -221,6 +223,16 @@ class _Merge:
         if not self.keeps_type or ORIGINAL in self.plan or self.stored["rope_type"] == "default":
             raise ValueError(f"{self.name}: rope_type '{self.rope_type}' needs a factor, or context to compute it from")
         return 1.0
+
+    def _check_longrope(self, length: float) -> None:
+        """Longrope's frequencies are stored lists, which no factor moves: it sets the sharpening of attention alone."""
+        scaled = self.rope_type == self.stored["rope_type"] == "longrope"
+        if scaled and length > self.length and "long_factor" not in self.plan:
+            raise ValueError(
+                f"{self.name}: the checkpoint's long_factor serves {self.length} tokens, and no factor or context "
+                f"changes it; for {length:g} tokens the plan must give a new long_factor, got "
+                f"{self.plan or 'context alone'}"
+            )
 
     def _merged(self, start: float, factor: float, length: int) -> dict[str, Any]:
         own = rope_keys(self.rope_type)

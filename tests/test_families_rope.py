@@ -121,6 +121,25 @@ def test_phi3_keeps_its_original_length_in_both_places(tmp_path):
     assert plain.config.original_max_position_embeddings == 4096
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        dict(rope={"factor": 2.0}),
+        dict(rope={"rope_type": "longrope", "short_factor": [2.0, 2.0]}, context=128),
+        dict(rope={"factor": 4.0, "original_max_position_embeddings": 32}),
+        dict(context=128),
+        dict(context=128, attention="window:12"),
+    ],
+)
+def test_a_longer_longrope_needs_a_new_list(plan):
+    model = build("phi3")
+    error = "the checkpoint's long_factor serves 64 tokens.* for 128 tokens the plan must give a new long_factor, got "
+    with pytest.raises(ValueError, match=error + ("{" if "rope" in plan else "context alone")):
+        extend(model, None, Plan(**plan))
+    extend(model, None, Plan(**{**plan, "rope": {**plan.get("rope", {}), "long_factor": [3.0, 5.0]}}))
+    assert model.config.max_position_embeddings == 128 and model.config.rope_parameters["long_factor"] == [3.0, 5.0]
+
+
 @pytest.mark.skipif(
     "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation),
     reason="this transformers gives Phi-3 its last token alone where it drops the cache",
