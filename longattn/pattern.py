@@ -67,6 +67,10 @@ class Pattern:
             text += "+shift" if self.shift == self.size // 2 else f"+shift:{self.shift}"
         return text + (f"+sinks:{self.sinks}" if self.sinks else "")
 
+    def sees_beyond(self, num_tokens: int) -> bool:
+        """Whether, in a text long enough, a query sees keys that a window of `num_tokens` does not show it."""
+        return self.kind == "full" or self.sinks > 0 or self.size > num_tokens
+
     def visible(self, num_tokens: int) -> float:
         """Count the (query, key) pairs that a text of `num_tokens` makes visible, averaged over the heads."""
         half = _visible(self, num_tokens, 0)

@@ -14,7 +14,7 @@ from longattn.hf.families import Family, family_of
 from longattn.hf.fused_rope import check_stock_rope_fits, has_fused_rope, use_stock_rope
 from longattn.hf.proofs import check_attention, check_tokens
 from longattn.hf.record import IMPLEMENTATION, VERSION, as_fields, layer_patterns, original_fields, read_record
-from longattn.hf.rope import check_rotary_modules, head_dim_of, rebuild_rotary_modules, rope_fields
+from longattn.hf.rope import check_rotary_modules, head_dim_of, kept_ropes, rebuild_rotary_modules, rope_fields
 from longattn.hf.undo import unchanged_on_error
 from longattn.pattern import Pattern
 from longattn.plan import Plan
@@ -76,7 +76,8 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
             proofs.append(check_attention(model))
         if tokens is not None:
             proofs.append(_add(tokens))
-    return Report(changes, None if tokens is None else tokens.report, proofs)
+    notes = kept_ropes(config, family) if rope or attention is not None else []
+    return Report(changes, None if tokens is None else tokens.report, proofs, notes)
 
 
 def restore(model: PreTrainedModel) -> Report:

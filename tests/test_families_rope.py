@@ -66,6 +66,28 @@ def test_a_flat_rope_goes_to_the_layers_that_see_everything(family):
 
 
 @pytest.mark.parametrize("family", NESTED)
+def test_a_rope_that_stays_where_layers_see_more_is_noted(family):
+    nested = {"sliding_attention": YARN, "full_attention": YARN}
+    for attention in ("full", "window:9", "window:8+sinks:1", "group:9"):
+        model = build(family)
+        (note,) = extend(model, None, Plan(rope=YARN, attention=attention)).notes
+        assert note.startswith("2 layer(s) of type sliding_attention, the first of them layer 0, see beyond their own ")
+        assert "window of 8 tokens, but keep their rope, default: " in note
+        assert "--rope sliding_attention.rope_type=... --rope sliding_attention.factor=..." in note
+        assert extend(build(family), None, Plan(rope=nested, attention=attention)).notes == []
+        assert extend(build(family), None, Plan(attention=attention)).notes == []
+    for attention in (None, "window:8, full", "group:8, full"):
+        assert extend(build(family), None, Plan(rope=YARN, attention=attention)).notes == []
+    bounded = Plan(context=256, attention="window:9")  # changes no rope
+    assert extend(build(family), None, bounded).notes == []
+    # one plan after the other, and in training alone
+    model = build(family)
+    assert extend(model, None, Plan(rope=YARN)).notes == []
+    assert extend(model, None, Plan(train_attention="full")).notes[0].startswith("2 layer(s) of type sliding_attention")
+    assert extend(build("gemma2"), None, Plan(rope=YARN, attention="full")).notes == []
+
+
+@pytest.mark.parametrize("family", NESTED)
 def test_a_rope_of_windowed_layers_alone_leaves_the_length(family):
     model = build(family)
     before = copy.deepcopy(model.config.rope_parameters)

@@ -1,4 +1,4 @@
-"""The stock rotary modules of a model: rebuild them from the config, and show that they turn by the config's angles."""
+"""A model's rope: the config's fields, and the stock rotary modules, rebuilt from them and shown to turn by them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longattn.hf.families import Family
+from longattn.hf.record import layer_patterns, original_fields
 from longattn.rope import rope_frequencies, rope_layers
 from longattn.rope_check import ORIGINAL
+from longattn.rope_keys import is_nested
 from longattn.rope_plan import RopeChange
 
 __all__ = [
     "check_rotary_modules",
     "head_dim_of",
+    "kept_ropes",
     "rebuild_rotary_modules",
     "rope_fields",
     "rotary_modules",
@@ -81,6 +84,38 @@ def rope_fields(config: PreTrainedConfig, family: Family, change: RopeChange) ->
     if getattr(config, "head_dim", 0) is None:
         fields["head_dim"] = head_dim_of(config)  # transformers' yarn, dynamic and longrope fail on None
     return fields
+
+
+def kept_ropes(config: PreTrainedConfig, family: Family) -> list[str]:
+    """Notes on layers that see further than their own window did by a rope that no plan has changed.
+
+    Models with a rope for each layer type were trained to turn the keys of their windows only by one of them. A plan's
+    attention may show more keys to these layers, while its rope, unless it names layer types, is that of the others.
+
+    Args:
+        config: as it is after a plan.
+        family: the config's.
+    """
+    before, after = original_fields(config).get("rope_parameters"), config.rope_parameters
+    if before is None or not is_nested(after):
+        return []
+    kept = {layer_type: rope for layer_type, rope in rope_layers(after).items() if rope == before[layer_type]}
+    if kept == rope_layers(after):
+        return []
+    patterns = [layer_patterns(config, part) for part in ("attention", "train_attention")]
+    rows = zip(config.layer_types, family.windows_of(config), family.rotating_layers(config), strict=True)
+    wider: dict[str, list[int]] = {}
+    for layer, (layer_type, window, rotates) in enumerate(rows):
+        seen = [part[layer] for part in patterns if part is not None]
+        if rotates and window is not None and layer_type in kept and any(p.sees_beyond(window) for p in seen):
+            wider.setdefault(layer_type, []).append(layer)
+    return [
+        f"{len(layers)} layer(s) of type {layer_type}, the first of them layer {layers[0]}, see beyond their own "
+        f"window of {config.sliding_window} tokens, but keep their rope, {kept[layer_type]['rope_type']}: a rope goes "
+        f"to the layers of type full_attention alone, unless it names layer types "
+        f"(--rope {layer_type}.rope_type=... --rope {layer_type}.factor=..., each type's by its name)"
+        for layer_type, layers in wider.items()
+    ]
 
 
 def rebuild_rotary_modules(model: PreTrainedModel) -> None:
