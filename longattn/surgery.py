@@ -21,6 +21,7 @@ from longattn.plan import Plan
 from longattn.report import Change, Report, in_runs
 from longattn.rope_plan import resolve_rope
 from longattn.vocab import TokenPlan, prepare_tokens
+from longattn.vocab_plan import token_fields
 from longattn.wrappers import check_model
 
 __all__ = ["extend", "restore"]
@@ -75,7 +76,10 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
             changes += _hook(model, attention)
             proofs.append(check_attention(model))
         if tokens is not None:
+            before = token_fields(model, tokens.report.roles)
             proofs.append(_add(tokens))
+            after = token_fields(model, tokens.report.roles)
+            changes += [Change(what, before[what], after[what]) for what in after if before[what] != after[what]]
     notes = kept_ropes(config, family) if rope or attention is not None else []
     return Report(changes, None if tokens is None else tokens.report, proofs, notes)
 

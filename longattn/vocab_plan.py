@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from longattn.vocab_tokens import NewToken, add_to, replace_contents, role_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NewRows", "TokenPlan", "TokenReport", "make_rows"]
+__all__ = ["NewRows", "TokenPlan", "TokenReport", "make_rows", "token_fields"]
 
 # roles whose ids every config has, as generation reads them
 GENERATION_ROLES = ("bos_token", "eos_token", "pad_token")
@@ -164,6 +164,16 @@ class TokenPlan:
         with torch.inference_mode(self._matrices.input.weight.is_inference()):
             state.restore()
         replace_contents(self.tokenizer, tokenizer)
+
+
+def token_fields(model: PreTrainedModel, roles: Iterable[str]) -> dict[str, Any]:
+    """What a model's configs say of its vocabulary: the size, and the ids of the tokens with these roles."""
+    generation = getattr(model, "generation_config", None)
+    fields = {"vocab_size": model.config.vocab_size}
+    for name in (f"{role}_id" for role in roles):
+        fields[name] = getattr(model.config, name, None)
+        fields[f"generation_config.{name}"] = getattr(generation, name, None)
+    return fields
 
 
 def _set_role_id(model: PreTrainedModel, role: str, old: int | None, new: int) -> None:

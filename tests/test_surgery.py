@@ -175,6 +175,23 @@ def test_tokens_come_with_the_rest(tmp_path):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_report_lists_what_tokens_change_in_the_configs():
+    model, tokenizer = build("llama"), build_tokenizer()
+    model.generation_config.eos_token_id = [2, 5]
+    roles = {"eos_token": "<end>", "extra_special_tokens": ["<a>"]}
+    report = extend(model, tokenizer, Plan(tokens={"tokens": roles, "pad_to_multiple_of": 64}))
+    end = report.tokens.ids["<end>"]
+    assert report.changes == [
+        Change("vocab_size", 64, 128),
+        Change("eos_token_id", 2, end),
+        Change("generation_config.eos_token_id", [2, 5], [end, 5]),
+    ]
+    assert "no field of the config changes" not in str(report)
+    # a row that was there already
+    report = extend(model, tokenizer, Plan(tokens={"tokens": ["<b>"]}))
+    assert report.changes == [] and model.config.vocab_size == 128
+
+
 @torch.no_grad()
 def test_meta_model_with_real_embeddings(tmp_path):
     real = build("qwen2", torch.float32)
