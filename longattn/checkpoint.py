@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from longattn.shards import Progress, Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from longattn.export import StockConfig
 
@@ -166,7 +165,7 @@ class _Changed:
         report = Report() if exported else longattn.surgery.extend(model, tokenizer, plan)  # type: ignore[arg-type]
         new_length = config.max_position_embeddings if config.max_position_embeddings != length else None
         if new_length is not None:
-            report = _follow_length(report, source, tokenizer, new_length)
+            report = _follow_length(report, source, config, tokenizer, length)
         stock = None
         if export is not None:
             from longattn.export import stock_config
@@ -263,17 +262,25 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _follow_length(report: Report, source: Path, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Report:
-    """Let the tokenizer's length follow the model's, also where it is not loaded."""
-    what = "tokenizer.model_max_length"
+def _follow_length(
+    report: Report,
+    source: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    old_length: int,
+) -> Report:
+    """Let the tokenizer's length follow the model's, also where it is not loaded, or has no limit."""
+    from longattn.hf.lengths import TOKENIZER_LENGTH, has_limit, keep_tokenizer_length
+
+    length = config.max_position_embeddings
     if tokenizer is not None:
         before, tokenizer.model_max_length = tokenizer.model_max_length, length
     elif (source / TOKENIZER_CONFIG).is_file():
         before = read_json(source / TOKENIZER_CONFIG).get("model_max_length")
     else:
         return report
-    if before == length or any(change.what == what for change in report.changes):
+    if before == length or any(change.what == TOKENIZER_LENGTH for change in report.changes):
         return report
-    no_limit = before is None or not math.isfinite(before) or before >= 10**29
-    change = Change(what, None if no_limit else before, length)
-    return replace(report, changes=[*report.changes, change])
+    before = before if has_limit(before) else None
+    keep_tokenizer_length(config, before, old_length)
+    return replace(report, changes=[*report.changes, Change(TOKENIZER_LENGTH, before, length)])

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 import longattn.hf  # noqa: F401  (registers the attention that a plan asks for)
 from longattn.hf.families import Family, family_of
 from longattn.hf.fused_rope import check_stock_rope_fits, has_fused_rope, use_stock_rope
+from longattn.hf.lengths import follow_length, restore_tokenizer_length
 from longattn.hf.proofs import check_attention, check_tokens
 from longattn.hf.record import IMPLEMENTATION, VERSION, as_fields, layer_patterns, original_fields, read_record
 from longattn.hf.rope import check_rotary_modules, head_dim_of, kept_ropes, rebuild_rotary_modules, rope_fields
@@ -26,8 +27,6 @@ from longattn.wrappers import check_model
 
 __all__ = ["extend", "restore"]
 
-# transformers' stand-in for a tokenizer that has no limit is int(1e30)
-NO_LIMIT = 10**29
 STOCK_IMPLEMENTATIONS = ("sdpa", "eager")
 PARTS = ("attention", "train_attention")
 
@@ -70,7 +69,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
         if rope:
             changes += _set_fields(config, rope)
             rebuild_rotary_modules(model)
-            changes += _lengthen(model, tokenizer, changes)
+            changes += follow_length(model, tokenizer, changes)
             proofs.append(check_rotary_modules(model))
         if attention is not None:
             changes += _hook(model, attention)
@@ -84,7 +83,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     return Report(changes, None if tokens is None else tokens.report, proofs, notes)
 
 
-def restore(model: PreTrainedModel) -> Report:
+def restore(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Report:
     """Put a model's rotary embedding, length and attention back as they were before its first plan; tokens stay.
 
     Works on a model that `longattn.extend` changed and on one loaded from a checkpoint saved after it, and undoes
@@ -92,32 +91,36 @@ def restore(model: PreTrainedModel) -> Report:
 
     Args:
         model: the changed model, in place.
+        tokenizer: its own, whose `model_max_length` goes back too, in place, where the record of the plans has it; may
+            be None, and then the report has a note of that length.
 
     Returns:
         What changed.
 
     Raises:
-        TypeError: `model` is not a transformers model.
+        TypeError: `model` is not a transformers model, or `tokenizer` no tokenizer.
         ValueError: no plan was applied to it, and it has no fused rope.
 
     Example:
-        >>> longattn.restore(model).changes[0].what
+        >>> longattn.restore(model, tokenizer).changes[0].what
         'rope_parameters'
     """
     check_model("restore", model)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"restore: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
     check_stock_rope_fits("restore", model)
     record = read_record(model.config)
     fused = has_fused_rope(model)
     if record is None and not fused:
         raise ValueError("restore: config.longattn is missing, so no plan was applied to this model")
-    report = Report() if record is None else _undo_plans(model, record)
+    report = Report() if record is None else _undo_plans(model, tokenizer, record)
     if fused:
         use_stock_rope(model)
         report.changes.append(Change("rotary op", "longattn", "stock"))
     return report
 
 
-def _undo_plans(model: PreTrainedModel, record: dict[str, Any]) -> Report:
+def _undo_plans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: dict[str, Any]) -> Report:
     """Put back what plans changed, all of it or nothing."""
     config = model.config
     family = family_of(config)
@@ -125,10 +128,12 @@ def _undo_plans(model: PreTrainedModel, record: dict[str, Any]) -> Report:
     implementation = fields.pop("attn_implementation", None)
     patterns = [layer_patterns(config, part) for part in PARTS]
     proofs: list[str] = []
-    with unchanged_on_error(model):
+    with unchanged_on_error(model, tokenizer):
         del config.longattn
         changes = _set_fields(config, fields)
-        changes += _lengthen(model, None, changes)
+        changes += follow_length(model, None, changes)
+        of_tokenizer, notes = restore_tokenizer_length(tokenizer, record)
+        changes += of_tokenizer
         if "rope_parameters" in fields:
             rebuild_rotary_modules(model)
             proofs.append(check_rotary_modules(model))
@@ -136,7 +141,7 @@ def _undo_plans(model: PreTrainedModel, record: dict[str, Any]) -> Report:
             changes += _set_implementation(model, implementation)
             own = family.patterns_of(config)
             changes += [_pattern_change(part, before or own, own) for part, before in zip(PARTS, patterns, strict=True)]
-    return Report([change for change in changes if change.before != change.after], None, proofs)
+    return Report([change for change in changes if change.before != change.after], None, proofs, notes)
 
 
 @dataclass(frozen=True)
@@ -237,22 +242,6 @@ def _set_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> list[Change
     for name, value in fields.items():
         setattr(config, name, copy.deepcopy(value))
     return [change for change in changes if change.before != change.after]
-
-
-def _lengthen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, changes: list[Change]) -> list[Change]:
-    """Let what knows the model's length follow it: generation where that was its limit, a tokenizer that has one."""
-    change = next((change for change in changes if change.what == "max_position_embeddings"), None)
-    if change is None:
-        return []
-    followed = []
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and generation.max_length == change.before:
-        generation.max_length = change.after
-        followed.append(Change("generation_config.max_length", change.before, change.after))
-    if tokenizer is not None and tokenizer.model_max_length < NO_LIMIT:
-        before, tokenizer.model_max_length = tokenizer.model_max_length, change.after
-        followed.append(Change("tokenizer.model_max_length", before, change.after))
-    return followed
 
 
 def _hook(model: PreTrainedModel, attention: _Attention) -> list[Change]:

@@ -3,6 +3,7 @@
 {"version": 1,
  "plan": the last plan, "earlier_plans": those before it,
  "original": {config field: its value before the first plan},
+ "original_tokenizer": {"model_max_length": its length before the first plan that changed it, None without limit},
  "attention": [one pattern a layer], "train_attention": the same}   # only where a plan had an attention part
 """
 
