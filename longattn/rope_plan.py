@@ -230,7 +230,7 @@ class _Merge:
         if scaled and length > self.length and "long_factor" not in self.plan:
             raise ValueError(
                 f"{self.name}: the checkpoint's long_factor serves {self.length} tokens, and no factor or context "
-                f"changes it; for {length:g} tokens the plan must give a new long_factor, got "
+                f"changes it; for {round(length)} tokens the plan must give a new long_factor, got "
                 f"{self.plan or 'context alone'}"
             )
 

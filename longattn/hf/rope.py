@@ -99,7 +99,7 @@ def kept_ropes(config: PreTrainedConfig, family: Family) -> list[str]:
     before, after = original_fields(config).get("rope_parameters"), config.rope_parameters
     if before is None or not is_nested(after):
         return []
-    kept = {layer_type: rope for layer_type, rope in rope_layers(after).items() if rope == before[layer_type]}
+    kept = {layer_type: rope for layer_type, rope in rope_layers(after).items() if rope == before.get(layer_type)}
     if kept == rope_layers(after):
         return []
     patterns = [layer_patterns(config, part) for part in ("attention", "train_attention")]
