@@ -51,6 +51,8 @@ def rope_frequencies(
                       a blend that is linear in omega_i between
         proportional  b^(-2i/head_dim) / s for the first int(p * head_dim / 2), 0 for the others
 
+    In code that `torch.compile` captures, lengths may vary, and `rope_parameters` has to hold constants.
+
     Args:
         rope_parameters: transformers' own dict: v5 `rope_parameters`, or v4 keys, `{"rope_scaling": {...} or
             None, "rope_theta": ...}` as well as the two merged. One layer type's; where a model has one dict
@@ -96,8 +98,8 @@ def rope_frequencies(
     try:
         inv_freq, scaling = FREQUENCY_TABLES[values.rope_type](request)
     except ArithmeticError:
-        inv_freq, scaling = torch.tensor([math.inf]), math.inf
-    if not bool(inv_freq.isfinite().all()) or not 0 < scaling < math.inf:
+        scaling = math.inf
+    if not 0 < scaling < math.inf:
         raise ValueError(
             f"{caller}: rope_parameters must give finite frequencies and a positive factor of cos and sin, got "
             f"{dict(values.parameters)}"

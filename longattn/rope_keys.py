@@ -89,7 +89,7 @@ def flat_parameters(caller: str, rope_parameters: Mapping[str, Any]) -> dict[str
 def _rope_type(caller: str, parameters: Mapping[str, Any]) -> str:
     name = parameters.get("rope_type", parameters.get("type"))
     if name is None:
-        if scaling := sorted(SCALING_KEYS & parameters.keys()):
+        if scaling := sorted(key for key in parameters if key in SCALING_KEYS):
             raise ValueError(f"{caller}: rope_parameters has '{scaling[0]}' but no 'rope_type'")
         return "default"
     name = TYPE_ALIASES.get(name, name) if isinstance(name, str) else name

@@ -39,7 +39,13 @@ class RopeRequest:
 
 
 def default_inv_freq(theta: float, rotary_dim: int) -> Tensor:
-    """omega_i = b^(-2i/d), shape (d/2,), radians a token."""
+    """omega_i = b^(-2i/d), shape (d/2,), radians a token.
+
+    Raises:
+        ArithmeticError: float64 can't hold the largest; found by Python's numbers, as compiled code reads no tensor.
+    """
+    if theta < 1.0 and not math.isfinite(theta ** (2.0 / rotary_dim - 1.0)):
+        raise OverflowError
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim  # (d/2,)
     return torch.pow(theta, -exponents)
 
@@ -135,8 +141,10 @@ def _longrope(request: RopeRequest) -> tuple[Tensor, float]:
     values, length = request.values, request.original_length()
     is_long = request.seq_len is not None and request.seq_len > length
     divisors = {key: values.numbers(key, request.rotary_dim // 2) for key in ("short_factor", "long_factor")}
-    chosen = torch.tensor(divisors["long_factor" if is_long else "short_factor"], dtype=torch.float64)  # (d/2,)
-    inv_freq = default_inv_freq(values.theta(), request.rotary_dim) / chosen
+    chosen = divisors["long_factor" if is_long else "short_factor"]
+    if not math.isfinite(1.0 / min(chosen)):
+        raise OverflowError
+    inv_freq = default_inv_freq(values.theta(), request.rotary_dim) / torch.tensor(chosen, dtype=torch.float64)
     mscale_key = "long_mscale" if is_long else "short_mscale"  # PhiMoE's checkpoints
     if mscale_key in values:
         return inv_freq, values.number(mscale_key, above=0.0)

@@ -65,6 +65,44 @@ def test_cos_sin_compile_whole_and_once_for_all_lengths():
     assert counts[0] == counts[-1], counts  # older torch compiles the first anew, the float then a symbol
 
 
+SCALED = dict(rope_theta=THETA, factor=4.0, original_max_position_embeddings=32)
+LISTS = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+TABLES = [
+    dict(rope_theta=THETA),
+    *(dict(rope_type=kind, rope_theta=THETA, factor=4.0) for kind in ("linear", "ntk", "dynamic", "proportional")),
+    *(dict(rope_type=kind, **SCALED) for kind in ("yarn", "by-parts")),
+    dict(rope_type="longrope", **SCALED, **LISTS),
+    dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED),
+]
+
+
+@pytest.mark.parametrize("rope", TABLES, ids=lambda rope: rope.get("rope_type", "default"))
+def test_frequencies_compile_whole_for_all_lengths(rope):
+    def turned(x, length):
+        inv_freq, scaling = rope_frequencies(rope, 8, max_position_embeddings=128, seq_len=length)
+        return x * inv_freq * scaling
+
+    torch._dynamo.reset()  # the types share code, and its limit of compilations
+    compiled = torch.compile(turned, fullgraph=True, backend="eager")
+    x = torch.ones(4, dtype=torch.float64)
+    for length in (100, 256, 1000):
+        assert torch.equal(compiled(x, length), turned(x, length))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="longrope", **SCALED, **{**LISTS, "short_factor": [1.0, 5e-324, 1.0, 1.0]}),
+        dict(rope_type="dynamic", rope_theta=THETA, factor=4.0, alpha=5e-324),
+        dict(rope_type="dynamic", rope_theta=1.5, factor=1.0, alpha=1e-320),
+        dict(rope_type="yarn", **SCALED, mscale=1.0, mscale_all_dim=-1e308),
+    ],
+)
+def test_frequencies_that_are_not_finite_are_refused(rope):
+    with pytest.raises(ValueError, match="must give finite frequencies and a positive factor of cos and sin"):
+        rope_frequencies(rope, 8)
+
+
 def test_cos_sin_refuse_what_they_cannot_serve():
     inv_freq, positions = torch.ones(4, dtype=torch.float64), torch.arange(3)
     with pytest.raises(TypeError, match="positions must be integer or floating point, got torch.bool"):
