@@ -21,6 +21,7 @@ __all__ = [
     "check_tensors",
     "check_tokenizer",
     "files_beside_weights",
+    "knows_no_text",
     "load_config",
     "load_tokenizer",
     "materialise_embeddings",
@@ -140,6 +141,11 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises nothing more special
         reason = " ".join(str(error).split())
         raise ValueError(f"extend: transformers can't read the tokenizer of SRC {source}: {reason}") from error
+
+
+def knows_no_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has special tokens alone: transformers makes such a one, silently, of a folder that has none."""
+    return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -103,6 +103,14 @@ def test_model_that_is_not_there_is_refused(folder, monkeypatch):
     assert "longattn eval: model books must be a checkpoint's folder with a tokenizer" in result.stderr
 
 
+def test_model_without_a_tokenizer_is_refused(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    build("qwen2").save_pretrained(tmp_path)  # for which transformers makes a tokenizer that knows no word
+    result = run(str(tmp_path), "--text", "books", "--lengths", "256", *SMALL)
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert f"longattn eval: model {tmp_path} must be a checkpoint's folder with a tokenizer" in result.stderr
+
+
 def test_short_texts_can_be_joined(folder, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["original", "--text", "books", "--lengths", "4k", *SMALL, "--sliding-windows", "0"]

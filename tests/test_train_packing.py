@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from hf_models import build_tokenizer
+from hf_models import build, build_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training_helpers import extended
+from transformers import AutoTokenizer
 
 from longattn.demo import MODEL_FOLDER
 from longattn.train import packed_dataset, read_texts
@@ -80,7 +81,10 @@ def test_many_documents_keep_their_order(tokenizer):
 
 def test_tokens_that_a_tokenizer_puts_around_a_text_stay(tokenizer):
     class Marked:
-        eos_token_id = END
+        eos_token_id, all_special_tokens = END, ["</s>"]
+
+        def get_vocab(self):
+            return tokenizer.get_vocab()
 
         def __call__(self, texts, verbose):
             return {"input_ids": [[1, *tokenizer(text)["input_ids"], END] for text in texts]}
@@ -136,6 +140,9 @@ def test_what_holds_no_text_is_refused(tmp_path, tokenizer):
         packed_dataset(DOCUMENTS, tokenizer, 1)
     with pytest.raises(TypeError, match="documents must be texts, got int"):
         packed_dataset([1], tokenizer, 4)
+    build("qwen2").config.save_pretrained(tmp_path)  # of a folder without a tokenizer transformers makes an empty one
+    with pytest.raises(ValueError, match="the tokenizer must know more than special tokens"):
+        packed_dataset(DOCUMENTS, AutoTokenizer.from_pretrained(tmp_path, eos_token="</s>"), 4)
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer must have an eos_token"):
@@ -143,8 +150,6 @@ def test_what_holds_no_text_is_refused(tmp_path, tokenizer):
 
 
 def test_a_byte_a_token_gives_the_text_back():
-    from transformers import AutoTokenizer
-
     text = "def f():\n    return 1\n" * 9
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     rows = packed_dataset([text], tokenizer, 11)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import longattn.hf  # noqa: F401  (checkpoints whose attention was changed ask transformers for it)
+from longattn.checkpoint_source import knows_no_text
 from longattn.evaluate.perplexity import score_last, score_sliding
 from longattn.evaluate.results import (
     Evaluation,
@@ -133,12 +134,16 @@ def evaluate(
 
 def _tokenizer(name: str) -> Any:
     """A model's tokenizer, which is not to warn of long texts."""
+    found, cause = None, None
     try:
-        return AutoTokenizer.from_pretrained(name, model_max_length=1 << 62)
+        found = AutoTokenizer.from_pretrained(name, model_max_length=1 << 62)
     except (OSError, ValueError) as error:
+        cause = error
+    if found is None or knows_no_text(found):
         raise ValueError(
             f"eval: model {name} must be a checkpoint's folder with a tokenizer, or a model's id that can be fetched"
-        ) from error
+        ) from cause
+    return found
 
 
 def _measure(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from longattn.checkpoint_source import knows_no_text
 from longattn.train.texts import read_texts
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def packed_dataset(
     Raises:
         OSError: a file can't be read.
         TypeError: a document is no text.
-        ValueError: the documents don't fill one row, or the tokenizer has no end-of-text token.
+        ValueError: the documents don't fill one row, or the tokenizer has no end-of-text token, or special
+            tokens alone, as one whose files are missing.
 
     Example:
         >>> rows = longattn.train.packed_dataset("corpus/", tokenizer, 32768)
@@ -107,6 +109,8 @@ def packed_dataset(
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("packed_dataset: the tokenizer must have an eos_token, which goes between documents, got none")
+    if knows_no_text(tokenizer):
+        raise ValueError("packed_dataset: the tokenizer must know more than special tokens; are its files missing?")
     ids, starts = array("i"), array("q")
     documents = iter(read_texts(texts, field=field) if isinstance(texts, (str, os.PathLike)) else texts)
     while some := list(islice(documents, DOCUMENTS_AT_ONCE)):
