@@ -150,7 +150,7 @@ class _Changed:
         if export not in (None, "stock"):
             raise ValueError(f"extend: export must be 'stock' or None, got {export!r}")
         stored_config = read_config(source)
-        family_of(stored_config)
+        family_of(stored_config, "extend")
         shards = open_weights(source, allow_pickle)
         model = model_without_weights(stored_config, source, sum(1 for _ in shards))
         check_tensors(model, shards)

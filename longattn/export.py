@@ -124,7 +124,7 @@ def stock_config(config: PreTrainedConfig) -> StockConfig:
         >>> stock.fields["model_type"], stock.fields["sliding_window"]
         ('mistral', 4096)
     """
-    own = family_of(config).patterns_of(config)
+    own = family_of(config, "export").patterns_of(config)
     patterns = layer_patterns(config) or own
     sizes = _window_sizes(patterns)
     plain = copy.deepcopy(config)
@@ -136,7 +136,7 @@ def stock_config(config: PreTrainedConfig) -> StockConfig:
     fields = {key: value for key, value in {**fields, **legacy}.items() if key != "attn_implementation"}
     read = _read(fields)
     _check_same(read, target)
-    found = family_of(read).windows_of(read)
+    found = family_of(read, "export").windows_of(read)
     if found != sizes:
         raise RuntimeError(f"export: config.json reads back windows {found}, not {sizes}")
     parameters = parameters_of(plain)

@@ -127,9 +127,12 @@ def inspect_checkpoint(
 
 def models_of(src: str | os.PathLike[str], plan: Plan | None = None) -> list[Any]:
     """The model before and, where there is one, after, on the meta device; arguments as for `inspect_checkpoint`."""
+    from longattn.hf.families import family_of
     from longattn.surgery import extend, restore
 
-    model = _model_of(load_config(src, "inspect"))
+    config = load_config(src, "inspect")
+    family_of(config, "inspect")  # before anything is read that only served families have, such as a length
+    model = _model_of(config)
     changed = model
     if plan is not None:
         structural = None if plan.tokens is None else {**plan.to_dict(), "tokens": None}
@@ -169,7 +172,7 @@ def structure_of(config: PreTrainedConfig, context: int) -> Structure:
         raise TypeError(f"inspect: context must be an int, a number of tokens, got {context!r}")
     if context < 1:
         raise ValueError(f"inspect: context must be at least 1 token, got {context}")
-    family = family_of(config)
+    family = family_of(config, "inspect")
     decoder, training = decoder_of(config), decoder_of(config, training=True)
     head_dim = decoder.layers[0].head_dim
     ropes = [
@@ -201,7 +204,7 @@ def decoder_of(config: PreTrainedConfig, *, training: bool = False) -> Decoder:
     from longattn.hf.record import layer_patterns
     from longattn.hf.rope import head_dim_of
 
-    family = family_of(config)
+    family = family_of(config, "inspect")
     patterns = layer_patterns(config, "train_attention" if training else "attention") or family.patterns_of(config)
     shape = config.num_attention_heads, kv_heads_of(config), head_dim_of(config)
     return Decoder(

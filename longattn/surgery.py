@@ -57,8 +57,8 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pl
     if not isinstance(plan, Plan):
         raise TypeError(f"extend: plan must be a longattn.Plan, got {type(plan).__name__}")
     config = model.config
-    family = family_of(config)
-    family.check(config)
+    family = family_of(config, "extend")
+    family.check(config, "extend")
     rope = _rope_fields(config, family, plan)
     attention = _planned_attention(config, family, plan, rope)
     tokens = _planned_tokens(model, tokenizer, plan)
@@ -123,7 +123,7 @@ def restore(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 def _undo_plans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: dict[str, Any]) -> Report:
     """Put back what plans changed, all of it or nothing."""
     config = model.config
-    family = family_of(config)
+    family = family_of(config, "restore")
     fields = dict(record["original"])
     implementation = fields.pop("attn_implementation", None)
     patterns = [layer_patterns(config, part) for part in PARTS]

@@ -6,12 +6,13 @@ import math
 import pytest
 import typer
 from checkpoints import digests, write_checkpoint
+from transformers import Gemma3Config, MambaConfig
 from typer.testing import CliRunner
 
 import longattn
 from longattn.checkpoint import extend_checkpoint
 from longattn.cli.inspect import inspect
-from longattn.structure import inspect_checkpoint
+from longattn.structure import inspect_checkpoint, structure_of
 
 runner = CliRunner()
 app = typer.Typer()
@@ -153,3 +154,21 @@ def test_errors_are_one_line_and_exit_code_2(folders, tmp_path, arguments, messa
     assert result.exit_code == 2
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("longattn inspect: ") and message in lines[0]
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), Gemma3Config()], ids=["mamba", "gemma3"])
+@pytest.mark.parametrize("flags", [[], ["--context", "64"], ["--ranks", "2"], ["--attention", "window:4"]])
+def test_families_that_are_not_served_are_refused_in_one_line(tmp_path, config, flags):
+    config.save_pretrained(tmp_path)
+    result = runner.invoke(app, [str(tmp_path), *flags])
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"longattn inspect: model_type '{config.model_type}' is not served: ")
+    for function in (lambda: inspect_checkpoint(tmp_path), lambda: structure_of(config, 64)):
+        with pytest.raises(ValueError, match=f"^inspect: model_type '{config.model_type}' is not served"):
+            function()
+
+
+def test_lines_name_the_command_alone(folders):
+    result = runner.invoke(app, [str(folders["llama"]), "--attention", "group:4096"])
+    assert result.stderr.startswith("longattn inspect: a group must fit into the model's")

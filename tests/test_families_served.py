@@ -30,11 +30,11 @@ def test_every_decoder_of_transformers_is_served_or_refused_with_a_reason(model_
         config = PreTrainedConfig()
         config.model_type = model_type
     if model_type in FAMILIES:
-        assert family_of(config).model_type == model_type
+        assert family_of(config, "extend").model_type == model_type
         return
     refusal = f"model_type '{config.model_type}' is not served: .{{20,}}; served are .*llama"
     with pytest.raises(ValueError, match=refusal):
-        family_of(config)
+        family_of(config, "extend")
 
 
 def test_tables_name_what_transformers_has():
@@ -65,7 +65,7 @@ def test_tables_name_what_transformers_has():
 )
 def test_models_are_refused_by_name_and_reason(model_type, reason):
     with pytest.raises(ValueError, match=f"extend: model_type '{model_type}' is not served: .*{reason}"):
-        family_of(CONFIG_MAPPING[model_type]())
+        family_of(CONFIG_MAPPING[model_type](), "extend")
 
 
 def test_extend_refuses_a_model_before_it_touches_it():

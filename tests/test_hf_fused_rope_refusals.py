@@ -7,7 +7,16 @@ import torch
 from fused_helpers import state_of
 from hf_models import build
 from torch import nn
-from transformers import BertConfig, BertModel, DeepseekV3Config, DeepseekV3ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.models.llama import modeling_llama
 
 from longattn.hf import use_fused_rope
@@ -25,6 +34,13 @@ def deepseek():
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **widths))
 
 
+def several_models():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    text = dict(**sizes, vocab_size=16, num_key_value_heads=1, head_dim=8)
+    vision = dict(**sizes, image_size=28, patch_size=14)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
 SMALL = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 
 
@@ -32,6 +48,7 @@ SMALL = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_h
     "make, message",
     [
         (deepseek, "model_type 'deepseek_v3' is not served: its keys are compressed"),
+        (several_models, "model_type 'gemma3' is not served: it is made of several models"),
         (lambda: BertModel(BertConfig(**SMALL)), "model_type 'bert' is not served"),
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2)), "'gpt2' is not served"),
     ],

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from checkpoints import digests, edit_json, read_json, stored
+from checkpoints import digests, read_json, stored
 from hf_models import tokens
 from peft import AutoPeftModelForCausalLM
 from stock_process import assert_same_model, run_without_longattn
@@ -198,18 +198,6 @@ def test_bfloat16_and_checkpointing_train_the_same_weights_in_float32(home, tmp_
     assert all(torch.equal(value, base[name][1]) for name, (_, value) in weights[1].items() if "mlp" in name)
 
 
-def test_weights_keep_their_dtype_where_the_config_names_none(home, tmp_path):
-    shutil.copytree(home / "src", tmp_path / "src")
-    model = AutoModelForCausalLM.from_pretrained(home / "src", dtype=torch.float16)
-    model.save_pretrained(tmp_path / "src")
-    config = read_json(tmp_path / "src" / "config.json")
-    del config["dtype"]
-    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
-    keys = dict(model=str(tmp_path / "src"), text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1)
-    trained = stored(train(TrainSpec.from_dict(keys)).checkpoint)
-    assert all(value.dtype == torch.float16 for _, value in trained.values())
-
-
 def test_checkpoint_without_a_plan_trains_its_own_tokens(home, done, tmp_path):
     out, _ = done
     keys = dict(model=str(out / "model"), text=str(home / "text"), out=str(tmp_path / "more"), length=64, steps=1)
@@ -260,19 +248,6 @@ def test_an_empty_folder_that_was_there_stays_when_a_run_fails(home, tmp_path, l
     with pytest.raises(ValueError, match="length must be at most the model's 256 positions"):
         train(spec(home, out, length=4096))
     assert list(out.iterdir()) == [] and mine.stat().st_mode & 0o777 == 0o750
-
-
-def test_checkpoints_that_cannot_be_trained_are_refused_without_a_plan_too(home, tmp_path):
-    quantised, empty = tmp_path / "quantised", tmp_path / "empty"
-    shutil.copytree(home / "src", quantised)
-    edit_json(quantised / "config.json", quantization_config={"quant_method": "awq"})
-    shutil.copytree(home / "src", empty)
-    (empty / "model.safetensors").rename(empty / "pytorch_model.bin")
-    keys = dict(text=str(home / "text"), out=str(tmp_path / "out"), length=64, steps=1)
-    for model, message in {quantised: r"is quantised \(awq\)", empty: "safetensors"}.items():
-        with pytest.raises(ValueError, match=message):
-            train(TrainSpec.from_dict({**keys, "model": str(model)}))
-        assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_other_things_and_other_runs_are_refused(done, home, tmp_path):

@@ -227,5 +227,8 @@ def errors_in_one_line(command: str) -> Iterator[None]:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0] if lines else type(error).__name__
-        typer.echo(f"longattn {command}: {message.removeprefix(f'{command}: ')}", err=True)
+        # what a command does on its way names itself in Python; people typed one command
+        for name in (command, "extend"):
+            message = message.removeprefix(f"{name}: ")
+        typer.echo(f"longattn {command}: {message}", err=True)
         raise typer.Exit(2) from None

@@ -90,7 +90,7 @@ def pattern_now(module: nn.Module) -> Pattern:
     config, layer = config_of(module), layer_of(module)
     record = getattr(config, "longattn", None)
     if not record or "attention" not in record:
-        return family_of(config).patterns_of(config)[layer]
+        return family_of(config, "longattn").patterns_of(config)[layer]
     layers = record["attention"]
     if module.training and record["train_attention"] != layers and not _inside_generate():
         layers = record["train_attention"]

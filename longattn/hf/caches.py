@@ -248,7 +248,7 @@ def _replace_layers(cache: Any, layer_of: Any) -> None:
         config = config.get_text_config(decoder=True)
         if config._attn_implementation == IMPLEMENTATION:
             length = kwargs.get("max_cache_len", next((a for a in args if isinstance(a, int)), None))
-            self.layers = [layer_of(pattern, length) for pattern in serving_patterns(config)]
+            self.layers = [layer_of(pattern, length) for pattern in serving_patterns(config, "longattn")]
 
     init.asks_longattn = True  # type: ignore[attr-defined]
     cache.__init__ = init

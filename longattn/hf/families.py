@@ -50,27 +50,28 @@ class Family:
     rope_types: tuple[str, ...] = ()
     gated_mlp: bool = True
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuse a config that says what models of this family do not do."""
+    def check(self, config: PreTrainedConfig, caller: str) -> None:
+        """Refuse a config that says what models of this family do not do; the error starts with the caller's name."""
         if self.windows == "none" and getattr(config, "sliding_window", None) is not None:
             raise ValueError(
-                f"extend: a {self.model_type} has no sliding windows, got sliding_window {config.sliding_window}: its "
-                "cache would forget keys that its mask shows"
+                f"{caller}: a {self.model_type} has no sliding windows, got sliding_window {config.sliding_window}: "
+                "its cache would forget keys that its mask shows"
             )
         layer_types = getattr(config, "layer_types", None)
         if self.windows != "layered" and layer_types is not None:
             raise ValueError(
-                f"extend: a {self.model_type} has one kind of layer, got layer_types {layer_types}; load the "
+                f"{caller}: a {self.model_type} has one kind of layer, got layer_types {layer_types}; load the "
                 "checkpoint as the architecture that reads them"
             )
         if not set(layer_types or ()) <= SERVED_LAYERS:
             raise ValueError(
-                f"extend: layer_types must be full_attention or sliding_attention, got {sorted(set(layer_types or ()))}"
+                f"{caller}: layer_types must be full_attention or sliding_attention, got "
+                f"{sorted(set(layer_types or ()))}"
             )
         two_way = getattr(config, "use_bidirectional_attention", None)
         if two_way or not getattr(config, "is_causal", True):
             field = "use_bidirectional_attention True" if two_way else "is_causal False"
-            raise ValueError(f"extend: only causal decoders are served, got a config with {field}")
+            raise ValueError(f"{caller}: only causal decoders are served, got a config with {field}")
 
     def check_rope(self, rope_types: set[str]) -> None:
         """Refuse rope types that transformers would not load in this family."""
@@ -143,8 +144,12 @@ FAMILIES = {
 }
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: PreTrainedConfig, caller: str) -> Family:
     """Look up the family of a config.
+
+    Args:
+        config: of any model, whatever it lacks.
+        caller: the name that the error starts with.
 
     Raises:
         ValueError: the family is not served; says which, why, and which are.
@@ -153,13 +158,17 @@ def family_of(config: PreTrainedConfig) -> Family:
     if family is not None:
         return family
     raise ValueError(
-        f"extend: model_type {config.model_type!r} is not served: {refusal_of(config)}; served are "
+        f"{caller}: model_type {config.model_type!r} is not served: {refusal_of(config)}; served are "
         f"{', '.join(sorted(FAMILIES))}"
     )
 
 
-def serving_patterns(config: PreTrainedConfig) -> list[Pattern]:
+def serving_patterns(config: PreTrainedConfig, caller: str) -> list[Pattern]:
     """Each layer's pattern as a plan has set it, else the model's own.
+
+    Args:
+        config: of any model.
+        caller: the name that the error starts with.
 
     Raises:
         ValueError: there is no plan, and the family is not served.
@@ -167,8 +176,8 @@ def serving_patterns(config: PreTrainedConfig) -> list[Pattern]:
     recorded = layer_patterns(config)
     if recorded is not None:
         return recorded
-    family = family_of(config)
-    family.check(config)
+    family = family_of(config, caller)
+    family.check(config, caller)
     return family.patterns_of(config)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longattn.hf.families import FAMILIES, attention_modules, refusal_of
+from longattn.hf.families import attention_modules, family_of
 from longattn.hf.fused_modules import (
     STOCK_APPLY,
     ExactPhases,
@@ -104,9 +104,7 @@ def use_stock_rope(model: nn.Module) -> None:
 def _planned(model: PreTrainedModel) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Every module to change with its new class, all of them checked."""
     config = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(f"use_fused_rope: model_type {config.model_type!r} is not served: {refusal_of(config)}")
+    family = family_of(config, "use_fused_rope")
     rotary, attention = rotary_modules(model), attention_modules(model)
     if not rotary or len(attention) != config.num_hidden_layers:
         raise ValueError(

@@ -113,7 +113,7 @@ def _check(model: nn.Module, input_ids: Tensor, group: dist.ProcessGroup, to: in
         raise ValueError(f"{OP}: input_ids must be (B, N) with N >= 1, got {shape}")
     if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < ranks:
         raise ValueError(f"{OP}: to must be one of the group's ranks, 0 to {ranks - 1}, got {to!r}")
-    return serving_patterns(model.config)  # type: ignore[arg-type]
+    return serving_patterns(model.config, OP)  # type: ignore[arg-type]
 
 
 def _logits(model: nn.Module, shard: dict[str, Any], cache: Cache, index: int) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import (
 
 from longattn.checkpoint import extend_checkpoint
 from longattn.checkpoint_source import read_config, read_json, source_folder
+from longattn.hf.families import family_of
 from longattn.plan_yaml import dump_yaml
 from longattn.shards import TORCH_DTYPES, Shards
 from longattn.train.outputs import LogFile, loss_plot, save_adapter, save_merged
@@ -136,6 +137,7 @@ class _Run:
     def prepared(cls, spec: TrainSpec, out: Path, tell: Progress) -> _Run:
         source = _source(spec, out, tell)
         stored = read_config(source)
+        family_of(stored, "train")
         stored.dtype = stored.dtype or _dtype_of_weights(source)
         _check_length(spec, stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
