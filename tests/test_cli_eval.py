@@ -84,7 +84,10 @@ def test_tables_show_what_json_holds(folder, done):
         (["--device", "tpu"], "--device must be cpu or cuda and be here, got 'tpu'"),
         (["--report", "no/where.html"], "--report must be a file in a folder that is there, got 'no/where.html'"),
         (["--trials", "0"], "trials must be at least 1, got 0"),
-        (["--lengths", "100", "--retrieval", "multikey"], "multikey: length must be at least .* tokens .*, got 100"),
+        (
+            ["--lengths", "100", "--retrieval", "multikey"],
+            "lengths must be at least .* take, [0-9]+ for multikey, .* got 100",
+        ),
     ],
 )
 def test_refusals_say_what_was_expected(folder, monkeypatch, changed, message):
@@ -155,11 +158,24 @@ def test_every_question_is_tried_before_anything_is_measured(folder):
             shortest += 1
     settings = Settings([shortest], last=32, windows=1, sliding_windows=0, tasks=["multikey"], depths=[0.5], trials=20)
     done = []
-    with pytest.raises(ValueError, match="multikey: length must be at least"):
+    with pytest.raises(ValueError, match=f"as the questions take, [0-9]+ for multikey, .* got {shortest}"):
         documents = list(load_documents(folder / "books"))
         models = [("model", str(folder / "original"))]
         evaluate(models, documents, settings, text_name="a", progress=lambda doing, tokens: done.append(doing))
     assert not done
+
+
+def test_all_tasks_say_at_once_what_lengths_they_need(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = ["--text", "books", "--retrieval", "passkey,multikey", *SMALL]
+    refused = run("original", "--lengths", "64,4k", *flags)
+    assert refused.exit_code == 2
+    least = re.findall(r"(\d+) for (passkey|multikey)", refused.stderr)
+    assert [task for _, task in least] == ["passkey", "multikey"] and refused.stderr.endswith("got 64\n")
+    lengths = sorted(int(tokens) for tokens, _ in least)
+    again = run("original", "--lengths", str(lengths[0]), *flags)
+    assert re.findall(r"\d+ for (\w+key)", again.stderr) == ["multikey"]
+    assert run("original", "--lengths", str(lengths[1]), *flags).exit_code == 0
 
 
 @pytest.mark.parametrize(("lengths", "shown"), [([64, 128], "stride 63 at 64, 64 at 128"), ([65, 128], "stride 64")])

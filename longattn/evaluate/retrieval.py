@@ -7,18 +7,19 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longattn.evaluate.losses import forget_lengths, serving
-from longattn.evaluate.tasks import SPARE_TOKENS, Question, Task
+from longattn.evaluate.tasks import SPARE_TOKENS, Question, Task, TooShort
 from longattn.wrappers import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEPTHS", "Cell", "evaluate_retrieval", "greedy", "is_answer", "questions"]
+__all__ = ["DEPTHS", "Cell", "evaluate_retrieval", "greedy", "is_answer", "least_length", "questions"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -122,7 +123,40 @@ def questions(
 ) -> Iterator[Question]:
     """What a cell asks, the same for every model."""
     for trial in range(trials):
-        yield task.question(tokenizer, length, depth, random.Random(f"{seed}/{task.name}/{length}/{depth}/{trial}"))
+        yield _question(task, tokenizer, length, depth, trial, seed)
+
+
+def _question(
+    task: Task, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, trial: int, seed: int
+) -> Question:
+    return task.question(tokenizer, length, depth, random.Random(f"{seed}/{task.name}/{length}/{depth}/{trial}"))
+
+
+def least_length(
+    task: Task,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    length: int,
+    *,
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
+) -> int:
+    """The first length from `length` on that a task's questions were seen to fit; what is drawn hangs on the length.
+
+    Args:
+        task: as in `evaluate_retrieval`, as are `depths`, `trials` and `seed`.
+        tokenizers: of the models that are to be asked.
+        length: tokens to try first.
+    """
+    least = length
+    for tokenizer, depth, trial in product(tokenizers, depths, range(trials)):
+        try:
+            _question(task, tokenizer, length, depth, trial, seed)
+        except TooShort as error:
+            least = max(least, error.least)
+    if least == length:
+        return length
+    return least_length(task, tokenizers, least, depths=depths, trials=trials, seed=seed)
 
 
 def _measure(

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from longattn.evaluate.results import (
     read_evaluation,
     write_evaluation,
 )
-from longattn.evaluate.retrieval import Cell, evaluate_retrieval, questions
+from longattn.evaluate.retrieval import Cell, evaluate_retrieval, least_length
 from longattn.evaluate.tasks import TASKS
 from longattn.evaluate.windows import (
     ScoringWindow,
@@ -83,11 +82,7 @@ def evaluate(
         >>> evaluate(models, documents, Settings([4096, 32768]), text_name="books", saved=Path("scores.json"))
     """
     tokenizers = [_tokenizer(name) for _, name in models]
-    for tokenizer in tokenizers:
-        for task, depth in product(settings.tasks, settings.depths):
-            # a length too short for a question is refused before anything is measured
-            for _ in questions(TASKS[task], tokenizer, settings.lengths[0], depth, settings.trials, settings.seed):
-                pass
+    _check_questions_fit(tokenizers, settings)
     pieces, left_out = _pieces(documents, tokenizers, settings)
     text = {
         "name": text_name,
@@ -144,6 +139,21 @@ def _tokenizer(name: str) -> Any:
             f"eval: model {name} must be a checkpoint's folder with a tokenizer, or a model's id that can be fetched"
         ) from cause
     return found
+
+
+def _check_questions_fit(tokenizers: Sequence[Any], settings: Settings) -> None:
+    """Refuse lengths that are too short for a question, before anything is measured and for all tasks at once."""
+    length, depths, trials = settings.lengths[0], settings.depths, settings.trials
+    least = {
+        task: least_length(TASKS[task], tokenizers, length, depths=depths, trials=trials, seed=settings.seed)
+        for task in settings.tasks
+    }
+    short = [f"{tokens} for {task}" for task, tokens in least.items() if tokens > length]
+    if short:
+        raise ValueError(
+            f"eval: lengths must be at least as many tokens as the questions take, {', '.join(short)}, with the "
+            f"tokenizers of these models, got {length}"
+        )
 
 
 def _measure(

@@ -12,7 +12,7 @@ from longattn.evaluate.windows import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASKS", "MultiKey", "Passkey", "Question", "Task"]
+__all__ = ["TASKS", "MultiKey", "Passkey", "Question", "Task", "TooShort"]
 
 FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
@@ -27,6 +27,20 @@ class Question:
     ids: tuple[int, ...]
     answer: str
     answer_tokens: int
+
+
+class TooShort(ValueError):
+    """A length that a question does not fit.
+
+    Args:
+        task: its name.
+        least: tokens that the question and its answer take without any filler.
+        length: tokens that there were for them.
+    """
+
+    def __init__(self, task: str, least: int, length: int) -> None:
+        super().__init__(f"{task}: length must be at least {least} tokens with this tokenizer, got {length}")
+        self.least = least
 
 
 class Task(Protocol):
@@ -156,9 +170,7 @@ def _fitted(
     room = length - answer_tokens
     shortest, sample = len(_prompt(tokenizer, text(0))), len(_prompt(tokenizer, text(64)))
     if shortest > room:
-        raise ValueError(
-            f"{name}: length must be at least {shortest + answer_tokens} tokens with this tokenizer, got {length}"
-        )
+        raise TooShort(name, shortest + answer_tokens, length)
     sentence = max(1.0, (sample - shortest) / 64)
     filled = max(shortest, room - SPARE_TOKENS + 1)  # the last token written is not read
     count = int((filled - shortest) / sentence) + 1
