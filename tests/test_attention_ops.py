@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import check_against_dense, half_shifts, visible_mask
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import longattn
 from longattn.ops import pure_backward, pure_forward, scores
@@ -162,3 +163,28 @@ def test_rows_masked_on_the_device_match_reference(masked_rows):
             mask = visible_mask(*shape, group=6, shifts=half_shifts(heads, options["shift"]), **shared)
         attend = partial(masked_call, op, band, {**options, **rows})
         check_against_dense(attend, q, k, v, mask, softcap=options["softcap"], use_lse=bool(seed % 2))
+
+
+TABLE = torch.ones(5, 4, dtype=torch.float64)
+CALLS = {
+    "window_attention": lambda x: longattn.window_attention(x, x, x, 4),
+    "group_attention": lambda x: longattn.group_attention(x, x, x, 4),
+    "apply_rope": lambda x: longattn.apply_rope(x, x, TABLE, TABLE)[0],
+    "apply_rope_positions": lambda x: longattn.apply_rope_positions(x, x, torch.arange(5), TABLE[0])[0],
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forward_mode_is_refused_and_not_silently_zero(op):
+    x, call = torch.randn(1, 2, 5, 8, dtype=torch.float64), CALLS[op]
+    refused = pytest.raises(NotImplementedError, match=f"^{op}: forward-mode differentiation is not supported")
+    with refused:
+        torch.func.jvp(call, (x,), (x,))
+    with forward_ad.dual_level():
+        with refused:
+            call(forward_ad.make_dual(x, x))
+        with refused, torch.no_grad():
+            call(forward_ad.make_dual(x.clone().requires_grad_(), x))
+        assert torch.equal(call(x), call(x.clone()))  # without a tangent it serves
+    with pytest.raises(RuntimeError, match="setup_context"):  # README: torch's own error
+        torch.func.grad(lambda x: call(x).sum())(x)

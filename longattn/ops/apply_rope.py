@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.ops import dispatch
+from longattn.ops.checks import refuse_tangents
 from longattn.ops.compiled import why_not_card
 from longattn.ops.layout import empty_in_order, empty_like_order, is_token_major
 
@@ -71,6 +72,7 @@ def apply_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interlea
 def _prepare(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Any, ...]:
     """The torch op's arguments: checked, the tables reduced to one column a pair."""
     check_rotated("apply_rope", query, key, interleaved)
+    refuse_tangents("apply_rope", query, key, cos, sin)
     for name, table in (("cos", cos), ("sin", sin)):
         _check_table(name, table, query)
     if cos.shape != sin.shape:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longattn.ops import dispatch
 from longattn.ops.apply_rope import Pair, check_rotated, empty_grads, rotate, why_not_rotated
+from longattn.ops.checks import refuse_tangents
 from longattn.ops.layout import empty_like_order, is_token_major
 from longattn.ops.rope_phases import exact_cos_sin, positions_of
 
@@ -96,6 +97,7 @@ def _prepare(
 ) -> tuple[Any, ...]:
     """The torch op's arguments, checked."""
     check_rotated(OP, query, key, interleaved)
+    refuse_tangents(OP, query, key, inv_freq)
     if (positions is None) == (cu_seqlens is None):
         given = "neither" if positions is None else "both"
         raise ValueError(f"{OP}: positions or cu_seqlens must be given, and not both, got {given}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.ops import compiled, dispatch, pure_backward, pure_forward
 from longattn.ops.band import Band
-from longattn.ops.checks import check_attention, check_row_values, check_rows, check_types
+from longattn.ops.checks import check_attention, check_row_values, check_rows, check_types, refuse_tangents
 from longattn.ops.layout import empty_like_order
 from longattn.ops.rows import Rows
 from longattn.ops.scores import Job, accumulate_dtype
@@ -43,6 +43,7 @@ def options(
     rows: dict[str, object] = dict(cu_seqlens=cu_seqlens, kv_start=kv_start, kv_end=kv_end)
     tensors = dict(query=query, key=key, value=value, sink_logits=sink_logits, **rows)
     check_types(op, tensors, 1.0 if scale is None else scale, softcap, sink_tokens)
+    refuse_tangents(op, *tensors.values())
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
     start = key.shape[2] - query.shape[2]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from longattn.ops import dispatch
 from longattn.ops.rows import Rows
 
-__all__ = ["check_attention", "check_count", "check_row_values", "check_rows", "check_types", "is_int"]
+__all__ = [
+    "check_attention",
+    "check_count",
+    "check_row_values",
+    "check_rows",
+    "check_types",
+    "is_int",
+    "refuse_tangents",
+]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = 2**60  # a position and a window, or a group and its shift, add up within int64
@@ -42,6 +51,15 @@ def check_types(op: str, tensors: dict[str, object], scale: object, softcap: obj
         if isinstance(number, int) and abs(number) > MAX_FACTOR:  # more than a float may hold
             raise ValueError(f"{op}: {name} must be a number from -1e30 to 1e30, got {number}")
     check_count(op, "sink_tokens", sink_tokens)
+
+
+def refuse_tangents(op: str, *tensors: object) -> None:
+    """Refuse what forward-mode differentiation gives: torch would call the kernels and drop the tangents silently."""
+    if forward_ad._current_level < 0:  # what unpack_dual asks first, ten times as fast
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode differentiation is not supported")
 
 
 def check_attention(
