@@ -61,3 +61,22 @@ def test_families_that_are_not_served_are_refused_in_one_line(home, tmp_path, mo
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith(f"longattn train: model_type '{config.model_type}' is not served: ")
+
+
+@pytest.mark.parametrize("recipe", ["full", "longlora"])
+def test_weights_beyond_float16_are_stored_in_float32_and_said_to_be(home, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "src", tmp_path / "src")
+    AutoModelForCausalLM.from_pretrained(home / "src", dtype=torch.float16).save_pretrained(tmp_path / "src")
+    keys = dict(model="src", text=str(home / "text"), length=64, steps=1, warmup=0, recipe=recipe)
+    for out, rate, dtype in (("small", 1e-3, torch.float16), ("large", 1e5, torch.float32)):  # Adam's first step is it
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({**keys, "out": out, "learning_rate": rate}))
+        result = CliRunner().invoke(app, ["train", "train.yaml"])
+        assert result.exit_code == 0, result.output
+        weights = [value for _, value in stored(tmp_path / out / "model").values()]
+        assert all(value.dtype == dtype and value.isfinite().all() for value in weights)
+        assert read_json(tmp_path / out / "model" / "config.json")["dtype"] == str(dtype).removeprefix("torch.")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / out / "model").dtype == dtype
+        said = "The checkpoint is in float32, not float16 as before: "
+        for text in (result.stdout, (tmp_path / out / "model" / "README.md").read_text()):
+            assert (said in text and "beyond float16's 65504." in text) == (out == "large")

@@ -53,6 +53,8 @@ def train(
         with _bar(spec.steps) as progress:
             result = run_it(spec, progress=progress)
         typer.echo(_summary(result))
+        for note in result.notes:
+            typer.echo(note)
         typer.echo(f"wrote {Path(spec.out) / result.checkpoint.name}, beside it log.json and loss.png")
 
 

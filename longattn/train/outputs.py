@@ -22,6 +22,7 @@ from longattn.info import build_info
 from longattn.model_card import CARD, write_training_card
 from longattn.part_folder import whole_or_absent
 from longattn.report import in_runs
+from longattn.train.dtypes import dtype_that_holds
 from longattn.train.recipes import merge
 from longattn.train.spec import TrainSpec
 
@@ -121,10 +122,15 @@ def save_merged(
     source: Path,
     stored: Any,
     log: dict[str, Any],
-) -> Path:
-    """Fold what was trained into the checkpoint, in the dtype it was stored in, beside what else its folder held."""
-    folded = merge(model)
-    folded.to(stored.dtype)
+) -> tuple[Path, list[str]]:
+    """Fold what was trained into the checkpoint, in its dtype where that holds it, beside what else its folder held.
+
+    Returns:
+        The folder, and sentences on what is not as before.
+    """
+    folded: Any = merge(model)
+    dtype, notes = dtype_that_holds(folded, stored.dtype)
+    folded.to(dtype)
     folded.config.use_cache = stored.use_cache  # Trainer switches it off
     folder = out / "model"
     with whole_or_absent(folder) as part:
@@ -134,8 +140,8 @@ def save_merged(
             if not (part / path).exists():
                 (part / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / path, part / path)
-        _write_card(part, spec, out, stored, log)
-    return folder
+        _write_card(part, spec, out, stored, log, notes=notes)
+    return folder, notes
 
 
 def save_adapter(
@@ -146,7 +152,7 @@ def save_adapter(
     source: Path,
     stored: Any,
     log: dict[str, Any],
-) -> Path:
+) -> tuple[Path, list[str]]:
     """Write the adapter by itself, with the tokenizer; it names the checkpoint that it was trained on."""
     folder = out / "adapter"
     with whole_or_absent(folder) as part:
@@ -160,15 +166,22 @@ def save_adapter(
         if (source / CARD).is_file():
             shutil.copyfile(source / CARD, part / CARD)
         _write_card(part, spec, out, stored, log, loading=ADAPTER_LOADING)
-    return folder
+    return folder, []
 
 
 def _write_card(
-    folder: Path, spec: TrainSpec, out: Path, stored: Any, log: dict[str, Any], *, loading: str | None = None
+    folder: Path,
+    spec: TrainSpec,
+    out: Path,
+    stored: Any,
+    log: dict[str, Any],
+    *,
+    loading: str | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     settings = {key: value for key, value in spec.to_dict().items() if key not in PLACES}
     base_model = None if Path(spec.model).expanduser().is_dir() else spec.model
-    what = [_what(spec, stored, log["history"]), *_measured(log["history"])]
+    what = [_what(spec, stored, log["history"]), *_measured(log["history"]), *notes]
     write_training_card(folder, what, settings, loading=loading, name=out.name, base_model=base_model)
 
 

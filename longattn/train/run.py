@@ -9,10 +9,9 @@ out/model/         the trained checkpoint, or out/adapter/: whole or absent
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +30,8 @@ from longattn.checkpoint import extend_checkpoint
 from longattn.checkpoint_source import read_config, read_json, source_folder
 from longattn.hf.families import family_of
 from longattn.plan_yaml import dump_yaml
-from longattn.shards import TORCH_DTYPES, Shards
+from longattn.shards import Shards
+from longattn.train.dtypes import dtype_of_weights
 from longattn.train.outputs import LogFile, loss_plot, save_adapter, save_merged
 from longattn.train.packing import PackedDataset, packed_dataset
 from longattn.train.recipes import longlora, new_rows
@@ -55,10 +55,12 @@ class TrainResult:
     Args:
         checkpoint: the folder of the trained checkpoint, or of its adapter.
         log: what `log.json` holds.
+        notes: sentences on what of the checkpoint is not as before, such as its dtype.
     """
 
     checkpoint: Path
     log: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
@@ -92,13 +94,13 @@ def train(spec: TrainSpec, *, progress: Progress | None = None) -> TrainResult:
         run = _Run.prepared(spec, out, tell)
         log = run.train()
         tell("writing the checkpoint", spec.steps, spec.steps, {})
-        folder, log = run.finish(log)
+        result = run.finish(log)
     except Exception:
         if fresh and not any((out / CHECKPOINTS).glob(f"*/{STATE}")):
             for path in list(out.iterdir()) if was_there else [out]:  # a folder that was there, empty, is the user's
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         raise
-    return TrainResult(folder, log)
+    return result
 
 
 def _begin(spec: TrainSpec, out: Path) -> bool:
@@ -138,7 +140,7 @@ class _Run:
         source = _source(spec, out, tell)
         stored = read_config(source)
         family_of(stored, "train")
-        stored.dtype = stored.dtype or _dtype_of_weights(source)
+        stored.dtype = stored.dtype or dtype_of_weights(source)
         _check_length(spec, stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
         tell("reading the text", 0, spec.steps, {})
@@ -175,13 +177,13 @@ class _Run:
             trainer.evaluate()
         return self.log_file.write(trainer.state.log_history)
 
-    def finish(self, log: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Write the plot and, whole or not at all, what was trained; returns its folder, and the log of a whole run."""
+    def finish(self, log: dict[str, Any]) -> TrainResult:
+        """Write the plot and, whole or not at all, what was trained; the log is then that of a whole run."""
         loss_plot(log["history"], self.out / PLOT)
         save = save_merged if self.spec.adapter == "merge" else save_adapter
         model = cast(torch.nn.Module, self.trainer.model)
-        folder = save(model, self.tokenizer, self.spec, self.out, self.source, self.stored, log)
-        return folder, self.log_file.write(self.trainer.state.log_history, complete=True)
+        folder, notes = save(model, self.tokenizer, self.spec, self.out, self.source, self.stored, log)
+        return TrainResult(folder, self.log_file.write(self.trainer.state.log_history, complete=True), notes)
 
 
 def _source(spec: TrainSpec, out: Path, tell: Progress) -> Path:
@@ -209,15 +211,6 @@ def _check_length(spec: TrainSpec, config: Any) -> None:
 
 def _rows(spec: TrainSpec, text: str, tokenizer: PreTrainedTokenizerBase) -> PackedDataset:
     return packed_dataset(text, tokenizer, spec.length, separate=spec.separate_documents, field=spec.field)
-
-
-def _dtype_of_weights(source: Path) -> torch.dtype:
-    """The dtype of most numbers, for configs that name none."""
-    sizes = dict.fromkeys(TORCH_DTYPES, 0)
-    for tensor in Shards.open(source):
-        if tensor.dtype in sizes:
-            sizes[tensor.dtype] += math.prod(tensor.shape)
-    return TORCH_DTYPES[max(sizes, key=sizes.__getitem__)]
 
 
 def _with_recipe(
