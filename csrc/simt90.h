@@ -186,7 +186,12 @@ __device__ __forceinline__ Chunk load_sums(const float* from) {
   return chunk;
 }
 
-// 16 bytes of each lane, behind a fence for copies to read.
+// A plain store, behind a fence for copies or products to read.
+template <typename T>
+__device__ __forceinline__ void store_shared(void* to, const T& value) {
+  *static_cast<T*>(to) = value;
+}
+// 16 bytes of each lane, likewise.
 __device__ __forceinline__ void store_shared_chunk(uint32_t address, const Chunk& chunk) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(chunk.word[0]), "r"(chunk.word[1]),
                "r"(chunk.word[2]), "r"(chunk.word[3])

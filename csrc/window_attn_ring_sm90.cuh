@@ -175,7 +175,7 @@ __device__ __forceinline__ void clear_columns(unsigned char* tile, int first) {
   for (int panel = 0; panel < Traits::kPanels; ++panel)
 #pragma unroll 1
     for (int at = first * Traits::kRowBytes; at < Traits::kColumnPanel; at += 16)
-      *reinterpret_cast<simt::Chunk*>(tile + panel * Traits::kColumnPanel + at) = simt::Chunk{};
+      simt::store_shared(tile + panel * Traits::kColumnPanel + at, simt::Chunk{});
 }
 
 // The thread that has tiles copied, in the order in which they are used.
@@ -284,8 +284,8 @@ __device__ __forceinline__ void stage_row(unsigned char* tile, const float (&sum
   unsigned char* to = tile + row * Traits::kRowBytes + threadIdx.x % 4 * 4;
 #pragma unroll
   for (int d = 0; d < Traits::kD / 8; ++d)
-    *reinterpret_cast<uint32_t*>(to + d / kChunks * Traits::kRowPanel + (d % kChunks ^ mix) * 16) =
-        Traits::Type::pack(sum[4 * d + 2 * half] * scale, sum[4 * d + 2 * half + 1] * scale);
+    simt::store_shared(to + d / kChunks * Traits::kRowPanel + (d % kChunks ^ mix) * 16,
+                       Traits::Type::pack(sum[4 * d + 2 * half] * scale, sum[4 * d + 2 * half + 1] * scale));
 }
 
 // A warpgroup that computes.

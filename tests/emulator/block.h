@@ -267,6 +267,8 @@ inline void launch(dim3 grid, dim3 threads_dim, size_t shared_bytes, const std::
     if (make_engine) each.engine = make_engine();
     block = &each;
     if (threads % 32) fail("a block must hold whole warps");
+    if (threads > 1024 || shared_bytes > 227 * 1024 || grid.y > 65535 || grid.z > 65535)
+      fail("a launch beyond what a device takes");
     release(&each.start_edge);
   }
   for (unsigned first = 0; first < total; first += at_once) {

@@ -18,7 +18,7 @@ inline void Hopper::move_bulk(size_t which) {
   const uint32_t begin = reads ? 0 : copy.written, end = reads ? copy.count : std::min(copy.count, begin + part);
   float* global = copy.global;
   if (reads) copy.taken.resize(copy.count);
-  BulkGroups& own = groups[copy.thread];
+  StoreGroups& own = groups[copy.thread];
   const bool done = !reads && end == copy.count;
 #ifdef __SANITIZE_THREAD__
   char* const edge = copy.edge;
@@ -30,40 +30,38 @@ inline void Hopper::move_bulk(size_t which) {
     if (reads) taken = *reinterpret_cast<const float*>(shared_at(shared + 4 * i, 4));
     {
       Unwatched unwatched;
-      if (reads) check_fenced(shared + 4 * i);
+      if (reads) check_fenced(shared + 4 * i, 4);
       reads ? copy.taken[i] = taken : taken = copy.taken[i];
     }
     if (!reads) global[i] = add ? global[i] + taken : taken;
   }
-  if (done) release(&own.edge);
+  if (reads) release(&own.reads.edge);
+  if (done) release(&own.writes.edge);
+  if (done) release(&block->end_edge);
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(block->scheduler.tsan, 1);
   if (done) __tsan_destroy_fiber(copy.fiber);
 #endif
+  if (reads) own.reads.finish(copy.group, copy.thread);
   if (!reads) copy.written = end;
   if (!done) return;
   counters.bytes_written += 4 * int64_t{copy.count};
   delete copy.edge;
-  if (--own.unfinished[copy.group] == 0) own.unfinished.erase(copy.group);
-  if (own.waits && (own.unfinished.empty() || own.unfinished.begin()->first >= own.until)) {
-    own.waits = false;
-    copy.thread->state = State::kReady;
-  }
+  own.writes.finish(copy.group, copy.thread);
   bulk.erase(bulk.begin() + static_cast<ptrdiff_t>(which));
 }
 
 template <bool kAdd>
 void store_floats(float* to, uint32_t from, uint32_t bytes) {
+  shared_at(from + bytes - 4, 4);
   if (from % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16) fail("copy: pieces must be 16-byte aligned");
   BulkCopy copy{from, to, bytes / 4, kAdd, self, nullptr, nullptr, {}};
-  BulkGroups* own;
   {
     Unwatched unwatched;
-    own = &hopper().groups[self];
-    if (own->acquired_unfenced) fail("copy: a flag that no fence has made visible to it");
+    if (hopper().groups[self].acquired_unfenced) fail("copy: a flag that no fence has made visible to it");
+    hopper().check_fenced(from, bytes);
     copy.edge = new char;
-    copy.group = own->committed;
-    ++own->unfinished[copy.group];
+    copy.group = add_to_group();
 #ifdef __SANITIZE_THREAD__
     copy.fiber = __tsan_create_fiber(0);
 #endif
@@ -72,28 +70,16 @@ void store_floats(float* to, uint32_t from, uint32_t bytes) {
   Unwatched unwatched;
   hopper().bulk.push_back(std::move(copy));
 }
-inline void store_floats_commit() {
-  Unwatched unwatched;
-  ++hopper().groups[self].committed;
-}
+inline void store_floats_commit() { store_commit(); }
 template <int kPending>
 void store_floats_wait() {
-  BulkGroups* own;
-  {
-    Unwatched unwatched;
-    own = &hopper().groups[self];
-    own->until = own->committed < kPending ? 0 : own->committed - kPending;
-    if (own->unfinished.count(own->committed)) fail("copy: a wait for stores that were not committed");
-    own->waits = !own->unfinished.empty() && own->unfinished.begin()->first < own->until;
-    own->waited_unfenced = true;
-    if (own->waits) self->state = State::kWaiting;
-  }
-  wait();
-  acquire(&own->edge);
+  wait_for_groups(&StoreGroups::writes, kPending);
+  Unwatched unwatched;
+  hopper().groups[self].waited_unfenced = true;
 }
 inline void fence_async_proxy_global() {
   Unwatched unwatched;
-  BulkGroups& own = hopper().groups[self];
+  StoreGroups& own = hopper().groups[self];
   own.waited_unfenced = own.acquired_unfenced = false;
 }
 
@@ -146,17 +132,10 @@ inline Chunk load_sums(const float* from) {
   return *reinterpret_cast<const Chunk*>(from);
 }
 
-// Written by this thread, to be read by copies or products.
-inline void mark_unfenced(uint32_t address) {
-  hopper().unfenced[address / 16] = static_cast<int>(self->index) + 1;
-  hopper().written[self->index].push_back(address / 16);
-  hopper().proxy_fenced[self->index] = 0;
-}
 inline void store_shared_chunk(uint32_t address, const Chunk& chunk, int line = __builtin_LINE()) {
   collective("st.shared.v4", line, &address, nullptr, [](Warp& warp) { count_conflicts(warp); });
   *reinterpret_cast<Chunk*>(shared_at(address, 16)) = chunk;
-  Unwatched unwatched;
-  mark_unfenced(address);
+  mark_unfenced(address, 16);
 }
 inline void stmatrix_x4(uint32_t address, const uint32_t (&fragment)[4], int line = __builtin_LINE()) {
   struct In {
@@ -172,8 +151,7 @@ inline void stmatrix_x4(uint32_t address, const uint32_t (&fragment)[4], int lin
             static_cast<const In*>(warp.in[lane % 8 * 4 + i])->fragment[lane / 8];
   });
   *reinterpret_cast<Chunk*>(shared_at(address, 16)) = row;
-  Unwatched unwatched;
-  mark_unfenced(address);
+  mark_unfenced(address, 16);
 }
 
 }  // namespace simt

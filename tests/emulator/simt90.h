@@ -1,12 +1,12 @@
 // What csrc/simt90.h gives a kernel on Hopper, for g++: mbarriers, the copy engine, and products of warpgroups.
 //
 // A copy is carried out at a random time after its issue: its destination holds NaNs until then, and it is an agent of
-// its own for the thread sanitizer, ordered by its issue and its mbarrier alone. A product is carried out when its
-// warpgroup waits for it: operands are read then, and sums hold NaNs in between. Copies in one piece, and what else
-// blocks that add to one sum need, are in bulk90.h.
+// its own for the thread sanitizer, ordered by its issue and its mbarrier alone. Products are in product90.h; copies in
+// one piece, and what else blocks that add to one sum need, in bulk90.h.
 #pragma once
 
 #include <map>
+#include <numeric>
 
 #include "emulator/simt.h"
 
@@ -28,7 +28,7 @@ struct TensorMap {
 inline bool encode_map(TensorMap& map, void* data, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                        const uint32_t (&box)[4], int row_bytes) {
   map = {static_cast<unsigned char*>(data), {}, {2}, {}, row_bytes};
-  if (reinterpret_cast<uintptr_t>(data) % 16 || static_cast<int>(2 * box[0]) > row_bytes) return false;
+  if (reinterpret_cast<uintptr_t>(data) % 16 || box[0] % 8 || static_cast<int>(2 * box[0]) > row_bytes) return false;
   for (int i = 0; i < 4; ++i) {
     if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32 || box[i] == 0 || box[i] > 256) return false;
     if (i > 0 && (strides[i - 1] == 0 || strides[i - 1] % 16 || strides[i - 1] >= uint64_t{1} << 40)) return false;
@@ -39,14 +39,20 @@ inline bool encode_map(TensorMap& map, void* data, const uint64_t (&sizes)[4], c
   return true;
 }
 
+constexpr int kMostOfBarrier = (1 << 20) - 1;  // arrivals, and bytes that are yet to come
+
 struct Barrier {
   int count = 0, pending = 0;
-  int64_t bytes = 0;  // that copies have yet to bring
+  const Thread* made_by = nullptr;
+  bool visible = false;  // to others, and to copies
+  int64_t bytes = 0;     // that copies have yet to bring
   uint32_t phase = 0;
   std::vector<Thread*> waiting;
   char edge = 0;
 };
 
+// A store reads shared memory at one time and writes global memory at a later one, that of a box before the block's end
+// at the latest.
 struct BoxCopy {
   bool load;
   uint32_t shared, barrier;
@@ -55,17 +61,39 @@ struct BoxCopy {
   Thread* thread;  // of a store
   void* fiber;
   char* edge;
+  uint64_t group = 0;
+  std::vector<uint16_t> taken;
 };
 
-struct Product {
-  std::vector<float> before;  // the sums as they were, of 128 threads; empty where they are another product's
-  float* sum[128];
-  const uint32_t* a[128];  // registers; else a descriptor
+struct ProductIn {
+  float* sum;
+  const uint32_t* a;  // registers; else a descriptor
   uint64_t left, right;
   bool left_k, right_k;  // whether k is contiguous
   bool add;
   int n;
   float (*load)(uint16_t);
+};
+
+struct Registers {  // the same ones of 128 threads
+  void* at[128];
+  size_t bytes;
+  std::vector<unsigned char> seen;  // what they held when they were looked at
+
+  void look();
+  bool are_as_seen() const;
+};
+
+struct Product {
+  ProductIn in;  // of the first thread
+  Registers a;
+  std::vector<uint16_t> operands;  // in shared memory
+};
+
+struct Sum {  // that products are adding to
+  Registers registers;
+  std::vector<float> values;
+  int products;
 };
 
 struct Warpgroup {
@@ -76,12 +104,8 @@ struct Warpgroup {
   bool fenced = false;
   std::vector<Product> open;
   std::vector<std::vector<Product>> groups;
-};
-
-struct Stores {  // of one thread
-  int on_their_way = 0;
-  bool waited_for = false;
-  char edge = 0;
+  std::map<const void*, Sum> sums;         // by their first thread's registers
+  std::map<const void*, Registers> known;  // that products have had, likewise
 };
 
 struct BulkCopy {  // contiguous floats to global memory: read at one time, written or added a quarter at a time later
@@ -97,16 +121,28 @@ struct BulkCopy {  // contiguous floats to global memory: read at one time, writ
   uint64_t group = 0;
 };
 
-struct BulkGroups {  // of one thread
+struct StoreGroups {  // of one thread
   uint64_t committed = 0;
-  std::map<uint64_t, int> unfinished;  // copies of a group
-  bool waits = false;
-  uint64_t until = 0;  // that no group before this one is unfinished
-  char edge = 0;
+  bool uncommitted = false;
+  struct Unfinished {
+    std::map<uint64_t, int> copies;  // of a group
+    bool awaited = false;
+    uint64_t until = 0;  // that no group before this one is unfinished
+    char edge = 0;
+
+    bool reached() const { return copies.empty() || copies.begin()->first >= until; }
+    void finish(uint64_t group, Thread* thread) {
+      if (--copies[group] == 0) copies.erase(group);
+      if (!awaited || !reached()) return;
+      awaited = false;
+      thread->state = State::kReady;
+    }
+  } reads, writes;
   bool waited_unfenced = false, acquired_unfenced = false;  // what only a fence lets the other kind of access see
 };
 
 struct NamedBarrier {
+  size_t count = 0;  // that the first to arrive gave
   std::vector<Thread*> waiting;
   char edge = 0;
 };
@@ -120,26 +156,31 @@ struct Hopper : Engine {
   std::map<int, NamedBarrier> named;
   std::vector<BoxCopy> copies;
   std::vector<Warpgroup> warpgroups;
-  std::map<Thread*, Stores> stores;
-  std::vector<char> proxy_fenced;
-  bool uncommitted = false;
   std::vector<BulkCopy> bulk;
-  std::map<Thread*, BulkGroups> groups;
-  std::vector<int> unfenced;  // of each 16 bytes of shared memory: the thread that wrote them since its last fence, + 1
+  std::map<Thread*, StoreGroups> groups;
+  std::vector<int> registers;  // that a thread of each warpgroup has
+  std::vector<int> unfenced;   // of each 4 bytes of shared memory: the thread that wrote them since its last fence, + 1
+  size_t unfenced_words = 0;
   std::vector<std::vector<uint32_t>> written;  // by each thread, of those
 
   void start_block() override {
-    unfenced.assign(block->shared_bytes / 16 + 1, 0);
+    unfenced.assign(block->shared_bytes / 4 + 1, 0);
+    unfenced_words = 0;
     written.assign(block->threads.size(), {});
     groups.clear();
     barriers.clear();
     named.clear();
-    stores.clear();
     warpgroups.assign(block->warps.size() / 4, Warpgroup());
-    proxy_fenced.assign(block->threads.size(), 0);
+    registers.assign(warpgroups.size(), launched_registers());
   }
   void end_block() override {
-    if (!copies.empty() || !bulk.empty()) fail("a block exits with copies in flight");
+    for (const BoxCopy& copy : copies)
+      if (copy.load || copy.taken.empty()) fail("a block exits with copies in flight");
+    if (!bulk.empty()) fail("a block exits with copies in flight");
+    while (!copies.empty()) move_box(0);
+    if (std::accumulate(registers.begin(), registers.end(), 0) >
+        launched_registers() * static_cast<int>(registers.size()))
+      fail("setmaxnreg: more registers than the block was launched with");
     for (const Warpgroup& each : warpgroups)
       if (!each.open.empty() || !each.groups.empty()) fail("a block exits with products in flight");
   }
@@ -151,27 +192,7 @@ struct Hopper : Engine {
       move_bulk(which - copies.size());
       return true;
     }
-    BoxCopy copy = copies[which];
-    copies.erase(copies.begin() + static_cast<ptrdiff_t>(which));
-#ifdef __SANITIZE_THREAD__
-    __tsan_switch_to_fiber(copy.fiber, 1);
-    acquire(copy.edge);
-#endif
-    move(copy);
-    release(copy.load ? &barriers[copy.barrier].edge : &stores[copy.thread].edge);
-#ifdef __SANITIZE_THREAD__
-    __tsan_switch_to_fiber(block->scheduler.tsan, 1);
-    __tsan_destroy_fiber(copy.fiber);
-#endif
-    delete copy.edge;
-    if (copy.load) {
-      Barrier& barrier = barriers[copy.barrier];
-      barrier.bytes -= 2 * copy.map.box[0] * copy.map.box[1] * copy.map.box[2] * copy.map.box[3];
-      turn(barrier);
-    } else if (--stores[copy.thread].on_their_way == 0 && stores[copy.thread].waited_for) {
-      stores[copy.thread].waited_for = false;
-      copy.thread->state = State::kReady;
-    }
+    move_box(which);
     return true;
   }
 
@@ -184,16 +205,56 @@ struct Hopper : Engine {
   }
 
   // Copies and products see what threads wrote only behind the fences of those.
-  void check_fenced(uint32_t address) const {
-    if (unfenced[address / 16]) fail("copy or product: reads what no fence has made visible to it");
+  void check_fenced(uint32_t address, uint32_t bytes) const {
+    if (!unfenced_words) return;
+    for (uint32_t i = address / 4; i < (address + bytes) / 4; ++i)
+      if (unfenced[i]) fail("copy or product: meets what no fence has made visible to it");
   }
+  int launched_registers() const { return std::min(256, 65536 / static_cast<int>(block->threads.size())) / 8 * 8; }
 
  private:
   void move_bulk(size_t which);
-  void move(const BoxCopy& copy) {
+  // Carries out a load, or a half of a store.
+  void move_box(size_t which) {
+    BoxCopy copy = std::move(copies[which]);
+    copies.erase(copies.begin() + static_cast<ptrdiff_t>(which));
+    const bool reads = !copy.load && copy.taken.empty();
+    StoreGroups* own = copy.load ? nullptr : &groups[copy.thread];
+    const uint32_t elements = copy.map.box[0] * copy.map.box[1] * copy.map.box[2] * copy.map.box[3];
+    if (reads) copy.taken.resize(elements);
+#ifdef __SANITIZE_THREAD__
+    __tsan_switch_to_fiber(copy.fiber, 1);
+    if (copy.load || reads) acquire(copy.edge);
+#endif
+    copy.load ? move<Part::kLoad>(copy) : reads ? move<Part::kRead>(copy) : move<Part::kWrite>(copy);
+    release(copy.load ? &barriers[copy.barrier].edge : reads ? &own->reads.edge : &own->writes.edge);
+    if (!copy.load && !reads) release(&block->end_edge);
+#ifdef __SANITIZE_THREAD__
+    __tsan_switch_to_fiber(block->scheduler.tsan, 1);
+    if (!reads) __tsan_destroy_fiber(copy.fiber);
+#endif
+    if (reads) {
+      own->reads.finish(copy.group, copy.thread);
+      copies.push_back(std::move(copy));
+      return;
+    }
+    delete copy.edge;
+    if (copy.load) {
+      Barrier& barrier = barriers[copy.barrier];
+      barrier.bytes -= 2 * elements;
+      turn(barrier);
+    } else {
+      own->writes.finish(copy.group, copy.thread);
+    }
+  }
+
+  enum class Part { kLoad, kRead, kWrite };
+  template <Part kPart>
+  void move(BoxCopy& copy) {
     const TensorMap& map = copy.map;
     uint32_t row = 0;
     int64_t moved = 0;
+    uint16_t* taken = copy.taken.data();
     for (uint32_t z = 0; z < map.box[3]; ++z)
       for (uint32_t y = 0; y < map.box[2]; ++y)
         for (uint32_t x = 0; x < map.box[1]; ++x, ++row) {
@@ -204,21 +265,24 @@ struct Hopper : Engine {
             inside &= outer[i] >= 0 && outer[i] < static_cast<int64_t>(map.sizes[i + 1]);
             offset += outer[i] * static_cast<int64_t>(map.strides[i + 1]);
           }
-          for (uint32_t channel = 0; channel < map.box[0]; ++channel) {
+          for (uint32_t channel = 0; channel < map.box[0]; ++channel, ++taken) {
             const int64_t at = copy.at[0] + int64_t{channel};
             const bool exists = inside && at >= 0 && at < static_cast<int64_t>(map.sizes[0]);
             const uint32_t shared = copy.shared + row * static_cast<uint32_t>(map.row_bytes) + 2 * channel;
             uint16_t* local = reinterpret_cast<uint16_t*>(shared_at(swizzled(shared, map.row_bytes), 2));
             uint16_t* global = exists ? reinterpret_cast<uint16_t*>(map.data + offset + 2 * at) : nullptr;
-            if (copy.load)
+            if constexpr (kPart == Part::kLoad)
               *local = exists ? *global : 0;
+            else if constexpr (kPart == Part::kRead)
+              *taken = *local;
             else if (exists)
-              *global = *local;
+              *global = *taken;
             moved += exists ? 2 : 0;
           }
         }
     Unwatched unwatched;
-    (copy.load ? counters.bytes_read : counters.bytes_written) += moved;
+    if (kPart == Part::kLoad) counters.bytes_read += moved;
+    if (kPart == Part::kWrite) counters.bytes_written += moved;
   }
 };
 
@@ -230,16 +294,24 @@ inline Barrier& barrier_at(uint32_t address) {
   if (address % 8) fail("mbarrier: misaligned");
   const auto found = hopper().barriers.find(address);
   if (found == hopper().barriers.end()) fail("mbarrier: used before it is initialised");
+  if (!found->second.visible && found->second.made_by != self)
+    fail("mbarrier: used by another thread than the one that made it, which has not called fence.mbarrier_init");
   return found->second;
 }
 
 inline void mbarrier_init(uint32_t address, int arrivals) {
   Unwatched unwatched;
   shared_at(address, 8);
-  Barrier& barrier = hopper().barriers[address];
-  barrier.count = barrier.pending = arrivals;
+  const auto [made, is_new] = hopper().barriers.try_emplace(address);
+  if (!is_new) fail("mbarrier: initialised twice");
+  if (arrivals < 1 || arrivals > kMostOfBarrier) fail("mbarrier: a count that it can't hold");
+  made->second.count = made->second.pending = arrivals;
+  made->second.made_by = self;
 }
-inline void mbarrier_fence_init() {}
+inline void mbarrier_fence_init() {
+  Unwatched unwatched;
+  for (auto& [address, barrier] : hopper().barriers) barrier.visible |= barrier.made_by == self;
+}
 
 inline void arrive(uint32_t address, int64_t bytes) {
   Barrier* barrier;
@@ -251,6 +323,7 @@ inline void arrive(uint32_t address, int64_t bytes) {
   Unwatched unwatched;
   if (barrier->pending == 0) fail("mbarrier: more arrivals than its count");
   barrier->bytes += bytes;
+  if (barrier->bytes > kMostOfBarrier) fail("mbarrier: more bytes than it can count");
   --barrier->pending;
   hopper().turn(*barrier);
 }
@@ -273,15 +346,28 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
 
 inline void prefetch_map(const TensorMap&) {}
 
+// The group of a store that this thread issues.
+inline uint64_t add_to_group() {
+  StoreGroups& own = hopper().groups[self];
+  own.uncommitted = true;
+  ++own.reads.copies[own.committed];
+  ++own.writes.copies[own.committed];
+  return own.committed;
+}
+
 inline void issue_copy(bool load, uint32_t shared, const TensorMap& map, uint32_t barrier, const int (&at)[4]) {
   if (shared % 1024) fail("copy: shared memory must be 1024-byte aligned");
-  BoxCopy copy{load, shared, barrier, map, {at[0], at[1], at[2], at[3]}, self, nullptr, nullptr};
-  const uint32_t rows = map.box[1] * map.box[2] * map.box[3];
+  BoxCopy copy{load, shared, barrier, map, {at[0], at[1], at[2], at[3]}, self, nullptr, nullptr, 0, {}};
+  const uint32_t bytes = map.box[1] * map.box[2] * map.box[3] * static_cast<uint32_t>(map.row_bytes);
+  shared_at(shared + bytes - 2, 2);
   if (load)
-    for (uint32_t i = 0; i < rows * static_cast<uint32_t>(map.row_bytes) / 2; ++i)
-      *reinterpret_cast<uint16_t*>(shared_at(shared + 2 * i, 2)) = 0xffff;
+    for (uint32_t i = 0; i < bytes; i += 2) *reinterpret_cast<uint16_t*>(shared_at(shared + i, 2)) = 0xffff;
   {
     Unwatched unwatched;
+    hopper().check_fenced(shared, bytes);
+    if (load && !barrier_at(barrier).visible)
+      fail("mbarrier: given to a copy that no fence.mbarrier_init has let see it");
+    if (!load) copy.group = add_to_group();
     copy.edge = new char;
 #ifdef __SANITIZE_THREAD__
     copy.fiber = __tsan_create_fiber(0);
@@ -289,44 +375,55 @@ inline void issue_copy(bool load, uint32_t shared, const TensorMap& map, uint32_
   }
   release(copy.edge);
   Unwatched unwatched;
-  hopper().copies.push_back(copy);
+  hopper().copies.push_back(std::move(copy));
 }
 inline void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, const int (&at)[4]) {
   issue_copy(true, to, map, barrier, at);
 }
-inline void store_box(uint32_t from, const TensorMap& map, const int (&at)[4]) {
-  {
-    Unwatched unwatched;
-    for (unsigned i = 0; i < 128; ++i)
-      if (!hopper().proxy_fenced[self->warp / 4 * 128 + i])
-        fail("copy: a store of what no fence has made visible to it");
-    ++hopper().stores[self].on_their_way;
-    hopper().uncommitted = true;
-  }
-  issue_copy(false, from, map, 0, at);
-}
+inline void store_box(uint32_t from, const TensorMap& map, const int (&at)[4]) { issue_copy(false, from, map, 0, at); }
 inline void store_commit() {
   Unwatched unwatched;
-  for (unsigned i = 0; i < 128; ++i) hopper().proxy_fenced[self->warp / 4 * 128 + i] = 0;
-  hopper().uncommitted = false;
+  StoreGroups& own = hopper().groups[self];
+  ++own.committed;
+  own.uncommitted = false;
 }
-inline void store_wait_read() {
-  Stores* stores;
+// Until all but the last `pending` groups of this thread have been read, or written too.
+inline void wait_for_groups(StoreGroups::Unfinished StoreGroups::*which, uint64_t pending) {
+  StoreGroups::Unfinished* awaited;
   {
     Unwatched unwatched;
-    if (hopper().uncommitted) fail("copy: a wait for stores that were not committed");
-    stores = &hopper().stores[self];
-    stores->waited_for = stores->on_their_way > 0;
-    if (stores->waited_for) self->state = State::kWaiting;
+    StoreGroups& own = hopper().groups[self];
+    awaited = &(own.*which);
+    awaited->until = own.committed < pending ? 0 : own.committed - pending;
+    if (own.uncommitted) fail("copy: a wait for stores that were not committed");
+    awaited->awaited = !awaited->reached();
+    if (awaited->awaited) self->state = State::kWaiting;
   }
   wait();
-  acquire(&stores->edge);
+  acquire(&awaited->edge);
+}
+inline void store_wait_read() { wait_for_groups(&StoreGroups::reads, 0); }
+// Written by this thread, to be met by copies or products.
+inline void mark_unfenced(uint32_t address, uint32_t bytes) {
+  Unwatched unwatched;
+  for (uint32_t i = address / 4; i < (address + bytes) / 4; ++i) {
+    hopper().unfenced_words += !hopper().unfenced[i];
+    hopper().unfenced[i] = static_cast<int>(self->index) + 1;
+    hopper().written[self->index].push_back(i);
+  }
+}
+template <typename T>
+void store_shared(void* to, const T& value) {
+  *static_cast<T*>(to) = value;
+  mark_unfenced(smem_address(to), sizeof(T));
 }
 inline void fence_async_proxy() {
   Unwatched unwatched;
-  hopper().proxy_fenced[self->index] = 1;
-  for (const uint32_t at : hopper().written[self->index])
-    if (hopper().unfenced[at] == static_cast<int>(self->index) + 1) hopper().unfenced[at] = 0;
+  for (const uint32_t at : hopper().written[self->index]) {
+    if (hopper().unfenced[at] != static_cast<int>(self->index) + 1) continue;
+    hopper().unfenced[at] = 0;
+    --hopper().unfenced_words;
+  }
   hopper().written[self->index].clear();
 }
 
@@ -335,29 +432,23 @@ void sync_warpgroups(int id) {
   NamedBarrier* barrier;
   {
     Unwatched unwatched;
+    if (id < 1 || id > 15) fail("named barrier: ids are 1 to 15, and 0 is that of __syncthreads");
     barrier = &hopper().named[id];
+    if (barrier->waiting.empty()) barrier->count = 128 * kWarpgroups;
+    if (barrier->count != 128 * kWarpgroups) fail("named barrier: threads wait for different numbers of others");
   }
   release(&barrier->edge);
   {
     Unwatched unwatched;
     barrier->waiting.push_back(self);
     self->state = State::kWaiting;
-    if (barrier->waiting.size() == 128 * kWarpgroups) {
+    if (barrier->waiting.size() == barrier->count) {
       for (Thread* thread : barrier->waiting) thread->state = State::kReady;
       barrier->waiting.clear();
     }
   }
   wait();
   acquire(&barrier->edge);
-}
-
-template <int kRegisters>
-void shrink_registers() {
-  static_assert(kRegisters % 8 == 0 && kRegisters >= 24);
-}
-template <int kRegisters>
-void grow_registers() {
-  static_assert(kRegisters % 8 == 0 && kRegisters <= 256);
 }
 
 inline int uniform(int value, int line = __builtin_LINE()) {
@@ -392,143 +483,27 @@ void warpgroup_collective(const char* operation, int line, const void* in, F car
   wait();
 }
 
-// Where element (mn, k) of an operand lies: 16 of k, which is contiguous, or else mn is.
-inline const uint16_t* element_at(uint64_t descriptor, bool k_contiguous, int mn, int k) {
-  const int kind = static_cast<int>(descriptor >> 62), row_bytes = kind == 1 ? 128 : 64;
-  if (kind != 1 && kind != 2) fail("wgmma: a swizzle that is not emulated");
-  const uint32_t base = (descriptor & 0x3fff) << 4, across = (descriptor >> 16 & 0x3fff) << 4;
-  const uint32_t down = (descriptor >> 32 & 0x3fff) << 4;
-  const int wide = row_bytes / 2;
-  const uint32_t address = k_contiguous ? base + mn / 8 * down + mn % 8 * row_bytes + 2 * k
-                                        : base + mn / wide * across + k / 8 * down + k % 8 * row_bytes + mn % wide * 2;
-  return reinterpret_cast<const uint16_t*>(shared_at(swizzled(address, row_bytes), 2));
-}
-
-inline void carry_out(Product& product) {
-  static float left[64][16], right[256][16];
-  const bool registers = product.a[0] != nullptr;
-  const auto element = [&](uint64_t descriptor, bool k_contiguous, int mn, int k) {
-    const uint16_t* at = element_at(descriptor, k_contiguous, mn, k);
-    hopper().check_fenced(smem_address(at));
-    return product.load(*at);
-  };
-  for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < product.n; ++n) right[n][k] = element(product.right, product.right_k, n, k);
-    for (int m = 0; m < 64 && !registers; ++m) left[m][k] = element(product.left, product.left_k, m, k);
-  }
-  for (int thread = 0; thread < 128; ++thread) {
-    const int row = thread / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
-    for (int i = 0; i < 8 && registers; ++i)
-      left[row + 8 * (i / 2 % 2)][column + i % 2 + 8 * (i / 4)] =
-          product.load(static_cast<uint16_t>(product.a[thread][i / 2] >> 16 * (i % 2)));
-  }
-  const int width = product.n / 2;
-  for (int thread = 0; thread < 128; ++thread) {
-    const int row = thread / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
-    float* sum = product.sum[thread];
-    const float* before = product.before.empty() ? sum : product.before.data() + thread * width;
-    for (int i = 0; i < width; ++i) {
-      const float *a = left[row + 8 * (i / 2 % 2)], *b = right[column + i % 2 + 8 * (i / 4)];
-      float dot = 0.0f;
-      for (int k = 0; k < 16; ++k) dot += a[k] * b[k];
-      sum[i] = (product.add ? before[i] : 0.0f) + dot;
-    }
-  }
-  counters.mma += 4 * product.n / 8;
-}
-
-struct ProductIn {
-  float* sum;
-  const uint32_t* a;
-  uint64_t left, right;
-  bool left_k, right_k;
-  bool add;
-  int n;
-  float (*load)(uint16_t);
-};
-
-inline void issue_product(const ProductIn& in, int line) {
-  warpgroup_collective("wgmma", line, &in, [](Warpgroup& group) {
-    if (!group.fenced) fail("wgmma: registers may have been written since the last wgmma.fence");
-    const ProductIn& first = *static_cast<const ProductIn*>(group.in[0]);
-    Product product{{}, {}, {}, first.left, first.right, first.left_k, first.right_k, first.add, first.n, first.load};
-    bool pending = false;
-    for (const std::vector<Product>* list : {&group.open})
-      for (const Product& other : *list) pending |= other.sum[0] == first.sum;
-    for (const std::vector<Product>& list : group.groups)
-      for (const Product& other : list) pending |= other.sum[0] == first.sum;
-    for (int i = 0; i < 128; ++i) {
-      const ProductIn& each = *static_cast<const ProductIn*>(group.in[i]);
-      if (each.left != first.left || each.right != first.right) fail("wgmma: descriptors differ in a warpgroup");
-      product.sum[i] = each.sum;
-      product.a[i] = each.a;
-      if (pending) continue;
-      product.before.insert(product.before.end(), each.sum, each.sum + each.n / 2);
-      std::fill_n(each.sum, each.n / 2, std::nanf(""));
-    }
-    group.open.push_back(std::move(product));
+// All of a warpgroup at once.
+inline void set_registers(int count, bool grow, int line) {
+  warpgroup_collective("setmaxnreg", line, &count, [grow](Warpgroup& group) {
+    int& has = hopper().registers[static_cast<size_t>(&group - hopper().warpgroups.data())];
+    const int wanted = *static_cast<const int*>(group.in[0]);
+    if (grow ? wanted < has : wanted > has) fail("setmaxnreg: not the way that it was said to go");
+    has = wanted;
   });
 }
-
-template <typename Type, bool kAdd, int kSums>
-void wgmma_ss(float (&sum)[kSums], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, nullptr, a, b, true, true, kAdd, 2 * kSums, Type::Emulated::load}, line);
+template <int kRegisters>
+void shrink_registers(int line = __builtin_LINE()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  set_registers(kRegisters, false, line);
 }
-template <typename Type>
-void wgmma_ss_across(float (&sum)[32], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, nullptr, a, b, false, false, true, 64, Type::Emulated::load}, line);
-}
-template <typename Type, int kSums>
-void wgmma_rs(float (&sum)[kSums], const uint32_t (&a)[4], uint64_t b, int line = __builtin_LINE()) {
-  issue_product({sum, a, 0, b, true, false, true, 2 * kSums, Type::Emulated::load}, line);
-}
-inline void wgmma_fence(int line = __builtin_LINE()) {
-  warpgroup_collective("wgmma.fence", line, nullptr, [](Warpgroup& group) { group.fenced = true; });
-}
-inline void wgmma_commit(int line = __builtin_LINE()) {
-  warpgroup_collective("wgmma.commit", line, nullptr, [](Warpgroup& group) {
-    group.groups.push_back(std::move(group.open));
-    group.open.clear();
-  });
-}
-
-// What a warp reads of the operands of products that end: reads that the thread sanitizer sees, by the warp's first
-// lane, as a warp waits as one.
-inline void read_operands([[maybe_unused]] const Product& product) {
-#ifdef __SANITIZE_THREAD__
-  if (self->lane != 0) return;
-  const bool registers = product.a[0] != nullptr;
-  const int first_row = static_cast<int>(self->warp % 4) * 16;
-  for (int i = 0; i < product.n * 16; ++i)
-    (void)*const_cast<const volatile uint16_t*>(element_at(product.right, product.right_k, i / 16, i % 16));
-  for (int i = 0; i < 16 * 16 && !registers; ++i)
-    (void)*const_cast<const volatile uint16_t*>(element_at(product.left, product.left_k, first_row + i / 16, i % 16));
-#endif
-}
-
-inline void wait_for_products(size_t pending, int line) {
-  const Warpgroup& mine = hopper().warpgroups[self->warp / 4];
-  for (size_t i = 0; i + pending < mine.groups.size(); ++i)
-    for (const Product& product : mine.groups[i]) read_operands(product);
-  warpgroup_collective("wgmma.wait", line, &pending, [](Warpgroup& group) {
-    if (!group.open.empty()) fail("wgmma: a wait for products that were not committed");
-    const size_t keep = *static_cast<const size_t*>(group.in[0]);
-    while (group.groups.size() > keep) {
-      for (Product& product : group.groups.front()) carry_out(product);
-      group.groups.erase(group.groups.begin());
-    }
-    group.fenced = false;
-  });
-}
-template <int kPending, int kSize>
-void wgmma_wait(float (&)[kSize], int line = __builtin_LINE()) {
-  wait_for_products(kPending, line);
-}
-template <int kPending, int kSize>
-void wgmma_wait(float (&)[kSize], float (&)[kSize], int line = __builtin_LINE()) {
-  wait_for_products(kPending, line);
+template <int kRegisters>
+void grow_registers(int line = __builtin_LINE()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  set_registers(kRegisters, true, line);
 }
 
 }  // namespace simt
 
 #include "emulator/bulk90.h"
+#include "emulator/product90.h"
