@@ -8,7 +8,7 @@ import torch
 from emulator.attention import Call
 from emulator.checks import check, qkv
 from emulator.hopper_checks import SANITIZED, build_hopper, check_forward
-from emulator.hopper_planted import MORE_BUGS, check_is_noticed
+from emulator.hopper_planted import MORE_BUGS, STRICT_BUGS, check_is_noticed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_emulated_attention import RELAXED, cases
@@ -21,9 +21,9 @@ CALLS = (
 )
 
 
-@pytest.mark.parametrize("name", MORE_BUGS)
+@pytest.mark.parametrize("name", MORE_BUGS | STRICT_BUGS)
 def test_planted_bug_is_noticed(name, tmp_path):
-    check_is_noticed(MORE_BUGS[name], tmp_path)
+    check_is_noticed((MORE_BUGS | STRICT_BUGS)[name], tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from emulator.attention import Call
 from emulator.build import ROOT
 from emulator.checks import check, qkv
@@ -18,15 +19,18 @@ from emulator.planted import THREAD, Bug
 class HopperBug(Bug):
     head_dim: int = 64  # 192: one slot of Q rather than two
     backward: bool = False
+    kv_end: int | None = None
 
 
 KERNEL, PLAN, RING = "window_attn_fwd_sm90.cuh", "window_attn_plan_sm90.cuh", "window_attn_ring_sm90.cuh"
 GRADIENTS, QUERIES = "window_attn_bwd_tile_sm90.cuh", "window_attn_bwd_query_sm90.cuh"
-KEYS = "window_attn_bwd_key_sm90.cuh"
+LAUNCH, KEYS = "window_attn_fwd_sm90.cu", "window_attn_bwd_key_sm90.cuh"
 # One bug for each kind of check.
 BUGS = {
-    "K multiplied before it is there": Bug(
-        KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
+    "K waited for behind the issue of its product": Bug(
+        KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();\n    multiply_columns<Traits>(rows.s, query, "
+        "this->columns(0, ring));", "simt::wgmma_fence();\n    multiply_columns<Traits>(rows.s, query, "
+        "this->columns(0, ring));\n    wait_for(0, ring);", "changed in flight",
     ),
     "the wrong parity": Bug(
         RING, "(shared.free(which, ring.stage), ring.parity ^ 1)", "(shared.free(which, ring.stage), ring.parity)",
@@ -38,12 +42,15 @@ BUGS = {
     ),
 }  # fmt: skip
 MORE_BUGS = {
+    "K multiplied before it is there": Bug(
+        KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "changed in flight|arrivals"
+    ),
     "V multiplied before it is there": Bug(
         KERNEL, "wait_for(1, at);\n    simt::wgmma_fence();", "simt::wgmma_fence();", "NaN|arrivals"
     ),
     "Q multiplied before it is there": Bug(
         RING, "simt::mbarrier_wait(shared.barrier(Shared::kRowsFull + slot(wave)), "
-        "place_in_ring<Traits::kSlots>(wave).parity);", "", "NaN",
+        "place_in_ring<Traits::kSlots>(wave).parity);", "", "NaN|changed in flight",
     ),
     "K copied over while it is read": Bug(
         RING, "simt::mbarrier_wait(shared.free(which, ring.stage), ring.parity ^ 1);", "",
@@ -61,7 +68,7 @@ MORE_BUGS = {
         KERNEL, "simt::wgmma_wait<0>(rows.out);\n    if (multiplied)", "if (multiplied)", "NaN|exceeds|flight|fence"
     ),
     "sums read while they are formed": Bug(
-        KERNEL, "issue_keys(query);\n      simt::wgmma_wait<0>(rows.s);", "issue_keys(query);", "NaN"
+        KERNEL, "issue_keys(query);\n      simt::wgmma_wait<0>(rows.s);", "issue_keys(query);", "NaN|written in flight"
     ),
     "no fence before a product": Bug(
         KERNEL, "wait_for(0, ring);\n    simt::wgmma_fence();", "wait_for(0, ring);",
@@ -130,7 +137,7 @@ MORE_BUGS = {
         RING, "interior.holds(t)", "interior.holds(t) || true", "exceeds", backward=True
     ),
     "gradients without sums of sinks": HopperBug(
-        KEYS, "if (p.sink_chunks > 0) add_sink_sums(plan, half);", "", "exceeds", backward=True
+        KEYS, "if (kSinks && p.sink_chunks > 0) add_sink_sums(plan, half);", "", "exceeds", backward=True
     ),
     "columns of packed heads taken for queries": HopperBug(
         KEYS, "64) << p.packed_bits;", "64);", "exceeds", backward=True
@@ -162,6 +169,67 @@ MORE_BUGS = {
         "ds[i] = p_of[i] * dp[4 * block + 2 * half + i]", "exceeds", backward=True,
     ),
 }  # fmt: skip
+# Bugs that give the right results here unless the emulator looks for them, but not on a device.
+STRICT_BUGS = {
+    "sums cleared behind the fence": Bug(
+        KERNEL, "simt::wgmma_fence();\n    multiply_columns", "simt::wgmma_fence();\n    for (float& x : rows.s) "
+        "x = 0.0f;\n    multiply_columns", "written since the last wgmma.fence",
+    ),
+    "sums cleared while they are formed": Bug(
+        KERNEL, "issue_keys(query);\n      simt::wgmma_wait<0>(rows.s);",
+        "issue_keys(query);\n      for (float& x : rows.s) x = 0.0f;\n      simt::wgmma_wait<0>(rows.s);",
+        "sums were written in flight",
+    ),
+    "weights formed while they are multiplied": HopperBug(
+        GRADIENTS, """    simt::wgmma_fence();
+#pragma unroll
+    for (int which = 0; which < kSums; ++which)
+      multiply_weights<Traits>(sum[which], weights[which], this->weighted(kOfLogits ? which : 1, ring));
+""", """    weights[0][0][0] = ~weights[0][0][0];
+    simt::wgmma_fence();
+    for (int which = 0; which < kSums; ++which)
+      multiply_weights<Traits>(sum[which], weights[which], this->weighted(kOfLogits ? which : 1, ring));
+    weights[0][0][0] = ~weights[0][0][0];
+""", "an operand in registers changed in flight", backward=True,
+    ),
+    "the output staged behind its fence": Bug(
+        RING, "stage();\n    simt::fence_async_proxy();", "simt::fence_async_proxy();\n    stage();",
+        "no fence has made",
+    ),
+    "columns cleared without a fence": HopperBug(
+        RING, "simt::fence_async_proxy();\n    simt::mbarrier_arrive(full);", "simt::mbarrier_arrive(full);",
+        "no fence has made", kv_end=333,
+    ),
+    "results read back when only shared memory is free": Bug(
+        RING, "simt::store_commit();\n    }\n    output_leaves = true;", """simt::store_commit();
+      simt::store_wait_read();
+      const auto& out = p.attention.out;
+      (void)static_cast<const volatile uint16_t*>(
+          out.data)[place.batch * out.batch_stride + place.row_head * out.head_stride + token * out.token_stride];
+    }
+    output_leaves = true;""", "data race", THREAD,
+    ),
+    "a named barrier that does not exist": Bug(
+        RING, "(1 + group);  // the whole output", "(16 + group);  // the whole output", "named barrier: ids"
+    ),
+    "one named barrier for different numbers of threads": HopperBug(
+        RING, "simt::sync_warpgroups<Traits::kConsumers>(1 + Traits::kConsumers);",
+        "simt::sync_warpgroups<Traits::kConsumers>(1);", "different numbers of others", head_dim=192, backward=True,
+    ),
+    "registers that nobody has given up": Bug(
+        RING, "simt::shrink_registers<Traits::kProducerRegisters>();", "", "more registers than"
+    ),
+    "registers given up by one warp": Bug(
+        RING, "simt::shrink_registers<", "if (threadIdx.x / 32 % 4 == 0) simt::shrink_registers<", "deadlock"
+    ),
+    "too much shared memory": Bug(
+        LAUNCH, "(HopperShared<Traits, ForwardPlanned<Traits>>::kBytes)",
+        "(HopperShared<Traits, ForwardPlanned<Traits>>::kBytes + 100 * 1024)", "beyond what a device takes",
+    ),
+    "barriers that no fence has made visible to copies": Bug(
+        RING, "simt::mbarrier_fence_init();", "", "fence.mbarrier_init"
+    ),
+}  # fmt: skip
 
 
 def check_is_noticed(bug: Bug, folder: Path) -> None:
@@ -174,6 +242,8 @@ def check_is_noticed(bug: Bug, folder: Path) -> None:
     flags = ("-O1" if bug.sanitizer == THREAD else "-O0", "-g", "-w", *([bug.sanitizer] if bug.sanitizer else []))
     head_dim = bug.head_dim if isinstance(bug, HopperBug) else 64
     backward = isinstance(bug, HopperBug) and bug.backward
+    kv_end = bug.kv_end if isinstance(bug, HopperBug) else None
+    rows = {"kv_end": torch.tensor([kv_end], dtype=torch.int32)} if kv_end else {}
     emulated = build_hopper(folder, *flags, head_dim=head_dim, backward=backward, csrc=csrc)
     with pytest.raises(AssertionError, match=bug.noticed):
         for seed in range(8):
@@ -182,6 +252,8 @@ def check_is_noticed(bug: Bug, folder: Path) -> None:
                 check(emulated, *qkv(1, 1, 1, 1100, 1100, head_dim), Call(window=(30, 0), sinks=2), seed=seed)
                 assert not emulated.output, emulated.output
                 continue
-            check_forward(emulated, *qkv(1, 2, 2, 420, 420, head_dim), Call(window=(130, 3), sinks=2), seed=seed)
+            check_forward(
+                emulated, *qkv(1, 2, 2, 420, 420, head_dim), Call(window=(130, 3), sinks=2), seed=seed, **rows
+            )
             check_forward(emulated, *qkv(3, 4, 4, 1, 65, head_dim), Call(window=(-1, 0)), seed=seed)
             assert not emulated.output, emulated.output
