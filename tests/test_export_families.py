@@ -17,7 +17,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
 PLANS = {
     "cwm": dict(rope=LLAMA3, attention="window:6, full"),
     "gpt_oss": dict(rope={"factor": 2.0}, attention="full, window:6"),
-    "phi3": dict(rope={"factor": 2.0}, attention="window:6"),
+    "phi3": dict(rope={"factor": 2.0, "long_factor": [4.0, 6.0]}, attention="window:6"),
     # whose rope is chosen by layer_types: another size in the same layers
     "cohere2": dict(rope=YARN, attention="window:6, full"),
     "gemma3_text": dict(rope=YARN, attention="window:6, full"),
