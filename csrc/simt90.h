@@ -188,7 +188,7 @@ __device__ __forceinline__ Chunk load_sums(const float* from) {
 
 // A plain store, behind a fence for copies or products to read.
 template <typename T>
-__device__ __forceinline__ void store_shared(void* to, const T& value) {
+__device__ __forceinline__ void store_shared(void* to, T value) {
   *static_cast<T*>(to) = value;
 }
 // 16 bytes of each lane, likewise.

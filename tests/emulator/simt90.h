@@ -413,7 +413,7 @@ inline void mark_unfenced(uint32_t address, uint32_t bytes) {
   }
 }
 template <typename T>
-void store_shared(void* to, const T& value) {
+void store_shared(void* to, T value) {
   *static_cast<T*>(to) = value;
   mark_unfenced(smem_address(to), sizeof(T));
 }
