@@ -11,7 +11,7 @@ from cache_helpers import LONG, PLANS, extended, held_tokens, padded, stepwise
 from hf_models import FAMILIES, LAYERS, assert_agree, build, masked, tokens, under_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
 
 from longattn.hf.caches import BandLayer
 from longattn.pattern import Pattern, parse_patterns
@@ -184,3 +184,12 @@ def test_compiled_decoding_agrees(subtests):
         got = torch.cat([got, stepwise(compiled, ids, mask, positions, cache, list(range(80, 97)))], 1)
         with subtests.test(plan=plan):
             assert_agree(got[mask[:, :96].bool()], expected[:, :96][mask[:, :96].bool()])
+
+
+@torch.no_grad()
+def test_models_that_keep_states_instead_of_keys_run_as_before_and_are_refused_by_name():
+    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    assert model(tokens(1, 4) % 16).logits.shape == (1, 4, 16)
+    model.set_attn_implementation("longattn")
+    with pytest.raises(ValueError, match="^longattn: model_type 'mamba' is not served"):
+        model(tokens(1, 4) % 16)

@@ -243,10 +243,12 @@ def _replace_layers(cache: Any, layer_of: Any) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         config = kwargs.get("config", next((a for a in args if isinstance(a, PreTrainedConfig)), None))
-        if config is None or type(self) is not cache or any(layer.is_initialized for layer in self.layers):
+        if config is None or type(self) is not cache:
             return
         config = config.get_text_config(decoder=True)
-        if config._attn_implementation == IMPLEMENTATION:
+        if config._attn_implementation != IMPLEMENTATION:
+            return
+        if not any(getattr(layer, "is_initialized", False) for layer in self.layers):  # those of states don't say
             length = kwargs.get("max_cache_len", next((a for a in args if isinstance(a, int)), None))
             self.layers = [layer_of(pattern, length) for pattern in serving_patterns(config, "longattn")]
 
