@@ -10,7 +10,7 @@ import torch
 import yaml
 from checkpoints import edit_json, read_json, stored
 from train_runs import write_home
-from transformers import AutoModelForCausalLM, Gemma3Config, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, GPT2LMHeadModel, MambaConfig
 from typer.testing import CliRunner
 
 from longattn.cli import app
@@ -47,6 +47,24 @@ def test_checkpoints_that_cannot_be_trained_are_refused_without_a_plan_too(home,
         with pytest.raises(ValueError, match=message):
             train(TrainSpec.from_dict({**keys, "model": str(model)}))
         assert not (tmp_path / "out").exists()
+
+
+def test_families_that_no_plan_serves_train_as_they_are_without_one(home, tmp_path):
+    shutil.copytree(home / "src", tmp_path / "src")
+    (tmp_path / "src" / "model.safetensors").unlink()
+    vocabulary = read_json(home / "src" / "config.json")["vocab_size"]
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "src"
+    )
+    keys = dict(model=str(tmp_path / "src"), text=str(home / "text"), recipe="full", length=64, steps=1)
+    before, after = (
+        stored(tmp_path / "src"),
+        stored(train(TrainSpec.from_dict({**keys, "out": str(tmp_path / "out")})).checkpoint),
+    )
+    name = next(name for name in before if name.endswith("h.0.attn.c_attn.weight"))
+    assert before.keys() == after.keys() and not torch.equal(before[name][1], after[name][1])
+    with pytest.raises(ValueError, match="train: length must be at most the model's 64 positions, got 128"):
+        train(TrainSpec.from_dict({**keys, "length": 128, "out": str(tmp_path / "longer")}))
 
 
 @pytest.mark.parametrize("config", [MambaConfig(), Gemma3Config()], ids=["mamba", "gemma3"])

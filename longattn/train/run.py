@@ -139,7 +139,6 @@ class _Run:
     def prepared(cls, spec: TrainSpec, out: Path, tell: Progress) -> _Run:
         source = _source(spec, out, tell)
         stored = read_config(source)
-        family_of(stored, "train")
         stored.dtype = stored.dtype or dtype_of_weights(source)
         _check_length(spec, stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -200,6 +199,8 @@ def _source(spec: TrainSpec, out: Path, tell: Progress) -> Path:
 
 
 def _check_length(spec: TrainSpec, config: Any) -> None:
+    if not hasattr(config, "max_position_embeddings"):
+        family_of(config, "train")  # no family that is served lacks it
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if spec.length > config.max_position_embeddings and "dynamic" not in types:
